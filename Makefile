@@ -1,0 +1,39 @@
+# Everything sets itself up: Python >= 3.10, a C compiler and make are enough (see .ci/bootstrap.py).
+PYTHON ?= python3
+RUN = .venv/bin/python
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+.PHONY: build demo test test-long test-peers bench lint clean distclean
+
+build: ## virtual environment, MPI, packages, native library
+	@$(PYTHON) .ci/bootstrap.py
+
+demo: build ## the main job on real text: prepare, train on two ranks, inspect, generate (about two minutes)
+	@$(RUN) -m benchmarks.demo
+
+test: ## lint and every test that takes seconds, under both MPIs
+	@$(PYTHON) .ci/bootstrap.py mpich
+	@$(MAKE) --no-print-directory lint
+	@$(RUN) -m pytest -q -m "not long and not peers"
+
+test-long: ## the tests that take minutes
+	@$(PYTHON) .ci/bootstrap.py mpich
+	@$(RUN) -m pytest -q -m "long and not peers"
+
+test-peers: ## against PyTorch and transformers (downloads them)
+	@$(PYTHON) .ci/bootstrap.py peers
+	@$(RUN) -m pytest -q -m peers
+
+bench: ## beside JAX and PyTorch on the same cores (downloads them)
+	@$(PYTHON) .ci/bootstrap.py peers
+	@$(RUN) -m benchmarks.step
+
+lint: build ## ruff and mypy
+	@$(RUN) -m ruff check -q .
+	@$(RUN) -m mypy
+
+clean: ## what was built and what tests and demo left
+	@rm -rf build hpcpipe/native/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path "./.venv*" -prune -exec rm -rf {} +
+
+distclean: clean ## and the environments
+	@rm -rf .venv .venv-mpich

@@ -1,0 +1,126 @@
+"""The JAX competitor: one jitted training step with donated state, on all cores of the mask.
+
+Variants, joined by "-": ``unroll`` or ``scan`` over the layers, ``dpa`` (jax.nn.dot_product_attention) or ``einsum``
+attention, ``gather`` or ``onehot`` embedding (the gradient of a gather is a serial scatter on the CPU).
+The default is what was fastest at the benchmark's shapes. Matrices are kept as [in, out].
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.shape import OPTIMIZER, Job, Shape
+from benchmarks.worker import Run, serve
+
+DEFAULT = "unroll-dpa-gather"
+Tree = dict[str, Any]
+
+
+def parameters_of(job: Job, scan: bool) -> Tree:
+    """The job's weights as a tree; layers as a list, or stacked for a scan."""
+
+    def array(name: str) -> jax.Array:
+        w = job.weights[name]
+        return jnp.array(w.T if w.ndim == 2 and not name.startswith("embed") else w)
+
+    names = [n.removeprefix("layer.0.") for n in job.weights if n.startswith("layer.0.")]
+    layers: Any = [{n: array(f"layer.{i}.{n}") for n in names} for i in range(job.shape.layers)]
+    layers = jax.tree.map(lambda *ws: jnp.stack(ws), *layers) if scan else layers
+    return {"layers": layers, **{n: array(n) for n in job.weights if not n.startswith("layer.")}}
+
+
+def layernorm(x: jax.Array, w: jax.Array, b: jax.Array) -> jax.Array:
+    mean = x.mean(-1, keepdims=True)
+    variance = jnp.square(x - mean).mean(-1, keepdims=True)
+    return (x - mean) * jax.lax.rsqrt(variance + 1e-5) * w + b
+
+
+def attention(qkv: jax.Array, heads: int, kind: str) -> jax.Array:
+    """Causal attention, [b, t, 3 c] -> [b, t, c]."""
+    b, t, c3 = qkv.shape
+    d = c3 // 3 // heads
+    q, k, v = jnp.moveaxis(qkv.reshape(b, t, 3, heads, d), 2, 0)
+    if kind == "dpa":
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(b, t, heads * d)
+    scores = jnp.einsum("bthd,bshd->bhts", q, k) / math.sqrt(d)
+    scores = jnp.where(jnp.tril(jnp.ones((t, t), bool)), scores, -jnp.inf)
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), v).reshape(b, t, heads * d)
+
+
+def block(x: jax.Array, p: Tree, heads: int, kind: str) -> jax.Array:
+    qkv = layernorm(x, p["norm1.weight"], p["norm1.bias"]) @ p["attention.qkv.weight"] + p["attention.qkv.bias"]
+    x = x + attention(qkv, heads, kind) @ p["attention.out.weight"] + p["attention.out.bias"]
+    up = layernorm(x, p["norm2.weight"], p["norm2.bias"]) @ p["mlp.up.weight"] + p["mlp.up.bias"]
+    return x + jax.nn.gelu(up, approximate=True) @ p["mlp.down.weight"] + p["mlp.down.bias"]
+
+
+def loss_of(p: Tree, batch: jax.Array, shape: Shape, settings: tuple[str, str, str]) -> jax.Array:
+    """Mean cross-entropy of a batch [b, t + 1]."""
+    depth, kind, lookup = settings
+    ids, targets = batch[:, :-1], batch[:, 1:]
+    w = p["embed.weight"]
+    x = (jax.nn.one_hot(ids, shape.vocabulary) @ w if lookup == "onehot" else w[ids]) + p["embed.position"]
+    if depth == "scan":
+        x, _ = jax.lax.scan(lambda x, layer: (block(x, layer, shape.heads, kind), None), x, p["layers"])
+    else:
+        for layer in p["layers"]:
+            x = block(x, layer, shape.heads, kind)
+    logits = layernorm(x, p["head.norm.weight"], p["head.norm.bias"]) @ w.T
+    chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return (jax.nn.logsumexp(logits, axis=-1) - chosen).mean()
+
+
+def adamw(state: tuple[Tree, Tree, Tree, jax.Array], grads: Tree) -> tuple[Tree, Tree, Tree, jax.Array]:
+    """Clips by the global norm, then AdamW with decoupled decay of matrices."""
+    o, (params, m, v, step) = OPTIMIZER, state
+    norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
+    scale = jnp.minimum(1.0, o.clip / (norm + 1e-6))
+    step = step + 1
+    fix1, fix2 = 1 - o.beta1**step, 1 - o.beta2**step
+
+    def update(path: Any, p: jax.Array, g: jax.Array, m: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
+        g = g * scale
+        m, v = o.beta1 * m + (1 - o.beta1) * g, o.beta2 * v + (1 - o.beta2) * g * g
+        decay = 0.0 if "norm" in path[-1].key or "bias" in path[-1].key else o.weight_decay
+        return p - o.lr * (m / fix1 / (jnp.sqrt(v / fix2) + o.eps) + decay * p), m, v
+
+    new = jax.tree_util.tree_map_with_path(update, params, grads, m, v)
+    params, m, v = jax.tree.transpose(jax.tree.structure(params), jax.tree.structure((0, 0, 0)), new)
+    return params, m, v, step
+
+
+def build(job: Job, threads: int, variant: str) -> tuple[Run, str]:
+    """The training loop of one variant. XLA takes its number of threads from the affinity mask."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_default_matmul_precision", "highest")
+    variant = variant or DEFAULT
+    depth, kind, lookup = variant.split("-")
+    params = parameters_of(job, depth == "scan")
+    zeros = [jax.tree.map(jnp.zeros_like, params) for _ in range(2)]
+    state = (params, *zeros, jnp.zeros((), jnp.float32))
+    batches = [jnp.array(batch) for batch in job.tokens]
+
+    def train_step(state: Any, batch: jax.Array) -> tuple[Any, jax.Array]:
+        loss, grads = jax.value_and_grad(loss_of)(state[0], batch, job.shape, (depth, kind, lookup))
+        return adamw(state, grads), loss
+
+    compiled = jax.jit(train_step, donate_argnums=0).lower(state, batches[0]).compile()
+
+    def run(first: int, count: int) -> list[float]:
+        nonlocal state
+        losses = []
+        for step in range(first, first + count):
+            state, loss = compiled(state, batches[step % len(batches)])
+            losses.append(loss)
+        jax.block_until_ready(state)
+        return [float(loss) for loss in losses]
+
+    return run, f"jax {jax.__version__}, {variant}, {threads} threads"
+
+
+if __name__ == "__main__":
+    serve(build)

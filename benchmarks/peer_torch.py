@@ -1,0 +1,102 @@
+"""The PyTorch competitor: the GPT-2 module one writes today, eager or under torch.compile, on all cores of the mask.
+
+Settings in its favour: scaled_dot_product_attention, fused AdamW, multi-tensor clipping, denormals flushed, no Python
+between the module and the optimizer beyond the five lines of a training step.
+Variants, joined by "-": ``eager`` or ``compile`` or ``autotune`` (torch.compile's max-autotune), then ``foreach`` or
+``fused`` for AdamW.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.shape import OPTIMIZER, Job, Shape
+from benchmarks.worker import Run, serve
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        c = shape.width
+        self.heads = shape.heads
+        self.norm1, self.norm2 = nn.LayerNorm(c), nn.LayerNorm(c)
+        self.attention = nn.ModuleDict({"qkv": nn.Linear(c, 3 * c), "out": nn.Linear(c, c)})
+        self.mlp = nn.ModuleDict({"up": nn.Linear(c, 4 * c), "down": nn.Linear(4 * c, c)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, t, c = x.shape
+        qkv = self.attention["qkv"](self.norm1(x)).view(b, t, 3, self.heads, c // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.attention["out"](y.transpose(1, 2).reshape(b, t, c))
+        return x + self.mlp["down"](F.gelu(self.mlp["up"](self.norm2(x)), approximate="tanh"))
+
+
+class GPT(nn.Module):
+    """GPT-2 with tied embeddings; parameter names are those of the job."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        c = shape.width
+        self.embed = nn.Embedding(shape.vocabulary, c)
+        self.embed.position = nn.Parameter(torch.empty(shape.length, c))
+        self.layer = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.head = nn.ModuleDict({"norm": nn.LayerNorm(c)})
+
+    def forward(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids) + self.embed.position
+        for block in self.layer:
+            x = block(x)
+        logits = F.linear(self.head["norm"](x), self.embed.weight)
+        return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
+
+
+def optimizer_of(model: nn.Module, kind: str) -> torch.optim.Optimizer:
+    """AdamW with the two decay groups."""
+    o = OPTIMIZER
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": o.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, **{kind: True})
+
+
+def build(job: Job, threads: int, variant: str) -> tuple[Run, str]:
+    """The training loop of one variant."""
+    torch.set_flush_denormal(True)  # before the first parallel region: OpenMP's threads inherit it
+    torch.set_num_threads(threads)
+    torch.set_num_interop_threads(1)
+    torch.set_float32_matmul_precision("highest")
+    mode, _, kind = variant.partition("-")
+    kind = kind or "fused"
+    model = GPT(job.shape)
+    model.load_state_dict({name: torch.from_numpy(w) for name, w in job.weights.items()})
+    optimizer = optimizer_of(model, kind)
+    parameters = list(model.parameters())
+    if mode not in ("eager", "compile", "autotune"):
+        raise ValueError(f"no PyTorch variant is called {variant!r}; known are eager, compile and autotune")
+    options = {"mode": "max-autotune"} if mode == "autotune" else {}
+    loss_of = model if mode == "eager" else torch.compile(model, **options)
+    tokens = torch.from_numpy(job.tokens).long()
+    batches = [(b[:, :-1].contiguous(), b[:, 1:].contiguous()) for b in tokens]
+
+    def run(first: int, count: int) -> list[float]:
+        losses = []
+        for step in range(first, first + count):
+            loss = loss_of(*batches[step % len(batches)])
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, OPTIMIZER.clip, foreach=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.detach())
+        return [float(loss) for loss in losses]
+
+    return run, f"torch {torch.__version__}, {mode}, {kind} AdamW, {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    serve(build)

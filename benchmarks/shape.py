@@ -1,0 +1,141 @@
+"""What every competitor trains: one GPT-2 shape, its initial weights, its tokens and its optimizer, from one file.
+
+The driver writes the file once per shape; each worker reads it, so that all train the same model on the same tokens and
+their losses can be compared. Needs numpy only, because the peers live in an environment of their own.
+Parameter names and layouts are those of hpcpipe's checkpoints: matrices are [out, in], tokens are int32.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+BATCHES = 16  # distinct batches in the file; step s trains on batch s % BATCHES
+STD = 0.02  # as GPT-2: a larger one saturates the softmax, fills the backward pass with denormals and slows the peers
+
+
+class Optimizer(NamedTuple):
+    """AdamW at a constant rate; matrices (embeddings too) decay, norms and biases do not."""
+
+    lr: float = 3e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0  # global L2 norm of the gradient
+
+
+OPTIMIZER = Optimizer()
+
+
+class Shape(NamedTuple):
+    """A GPT-2 model (LayerNorm, biases, tanh GELU, learned positions, tied embeddings, no dropout) and its batch."""
+
+    layers: int
+    heads: int
+    width: int
+    length: int  # tokens of a sequence
+    sequences: int  # sequences of a step
+    vocabulary: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one step."""
+        return self.length * self.sequences
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of one step: matrix products only, a multiply-add is two, backward is twice forward.
+
+        The causal half of attention is counted once and nothing recomputed is counted, so the number is the same for
+        every competitor: forward, per token, 2 (12 L c² + c v) in the layers and the head, 2 L (t + 1) c in attention.
+        """
+        c, t = self.width, self.length
+        forward = 2 * (12 * self.layers * c * c + c * self.vocabulary) + 2 * self.layers * (t + 1) * c
+        return 3.0 * forward * self.tokens
+
+    @property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape, in the order of execution."""
+        c, shapes = self.width, {}
+        shapes["embed.weight"] = (self.vocabulary, c)
+        shapes["embed.position"] = (self.length, c)
+        for i in range(self.layers):
+            for name, shape in _layer(c).items():
+                shapes[f"layer.{i}.{name}"] = shape
+        shapes["head.norm.weight"], shapes["head.norm.bias"] = (c,), (c,)
+        return shapes
+
+    def __str__(self) -> str:
+        return ",".join(str(size) for size in self)
+
+
+def _layer(c: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "norm1.weight": (c,), "norm1.bias": (c,),
+        "attention.qkv.weight": (3 * c, c), "attention.qkv.bias": (3 * c,),
+        "attention.out.weight": (c, c), "attention.out.bias": (c,),
+        "norm2.weight": (c,), "norm2.bias": (c,),
+        "mlp.up.weight": (4 * c, c), "mlp.up.bias": (4 * c,),
+        "mlp.down.weight": (c, 4 * c), "mlp.down.bias": (c,),
+    }  # fmt: skip
+
+
+def parse(text: str) -> Shape:
+    """A shape from ``layers,heads,width,length,sequences,vocabulary``; raises ValueError with a sentence."""
+    parts = text.split(",")
+    if len(parts) != len(Shape._fields) or not all(p.strip().isdigit() and int(p) > 0 for p in parts):
+        raise ValueError(f"a shape is six positive integers {','.join(Shape._fields)}, got {text!r}")
+    shape = Shape(*(int(p) for p in parts))
+    if shape.width % shape.heads:
+        raise ValueError(f"width {shape.width} is not a multiple of {shape.heads} heads")
+    return shape
+
+
+def initial_weights(shape: Shape, seed: int) -> dict[str, NDArray[np.float32]]:
+    """GPT-2's initialisation: normal(0.02), residual projections by 1/sqrt(2 L) smaller, norms 1, biases 0."""
+    rng = np.random.default_rng(seed)
+    weights: dict[str, NDArray[np.float32]] = {}
+    for name, size in shape.parameters.items():
+        if len(size) == 1:
+            weights[name] = np.full(size, float("norm" in name and name.endswith("weight")), np.float32)
+            continue
+        residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+        std = STD / np.sqrt(2 * shape.layers) if residual else STD
+        weights[name] = rng.standard_normal(size, np.float32) * np.float32(std)
+    return weights
+
+
+def synthetic_tokens(shape: Shape, seed: int) -> NDArray[np.int32]:
+    """Tokens [BATCHES, sequences, length + 1] that can be learned: three of four follow from the one before."""
+    rng = np.random.default_rng(seed)
+    rows, v = BATCHES * shape.sequences, shape.vocabulary
+    follows = rng.permutation(v)
+    tokens = rng.integers(v, size=(rows, shape.length + 1))
+    keep = rng.random(tokens.shape) < 0.75
+    for i in range(shape.length):
+        tokens[:, i + 1] = np.where(keep[:, i], follows[tokens[:, i]], tokens[:, i + 1])
+    return tokens.reshape(BATCHES, shape.sequences, -1).astype(np.int32)
+
+
+class Job(NamedTuple):
+    """What a worker reads: the shape, weights by name, and tokens [BATCHES, sequences, length + 1]."""
+
+    shape: Shape
+    weights: dict[str, NDArray[np.float32]]
+    tokens: NDArray[np.int32]
+
+
+def write(path: Path, shape: Shape, seed: int = 1) -> None:
+    """Writes the job of a shape as an .npz file."""
+    np.savez(path, shape=np.array(shape), tokens=synthetic_tokens(shape, seed + 1), **initial_weights(shape, seed))
+
+
+def read(path: Path) -> Job:
+    """Reads a job that ``write`` made."""
+    with np.load(path) as file:
+        shape = Shape(*(int(size) for size in file["shape"]))
+        return Job(shape, {name: file[name] for name in shape.parameters}, file["tokens"])

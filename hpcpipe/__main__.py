@@ -1,0 +1,146 @@
+"""The verbs, nothing else: what a person types becomes one call. Everything heavy is imported by the verb that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from hpcpipe.config import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit status. A ``UserError`` becomes one sentence on stderr and status 2."""
+    args = parser().parse_args(argv)
+    try:
+        return int(args.run(args) or 0)
+    except UserError as error:
+        print(f"hpcpipe: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="hpcpipe", description="Trains language models through a pipeline of MPI ranks.")
+    verbs = top.add_subparsers(metavar="VERB", required=True)
+
+    prepare = verbs.add_parser("prepare", help="tokenizer and token files from text, JSONL or parquet")
+    prepare.add_argument("text", nargs="+", help="files, folders, or python-stdlib for Python's own source files")
+    prepare.add_argument("--out", required=True, metavar="DIR")
+    prepare.add_argument("--vocab", type=int, default=8192, metavar="N", help="tokens of the byte-level BPE to train")
+    prepare.add_argument("--tokenizer", metavar="JSON", help="use this tokenizer.json instead of training one")
+    prepare.add_argument("--val", type=float, default=0.05, metavar="SHARE", help="share of documents held out")
+    prepare.add_argument("--errors", choices=("stop", "skip"), default="stop", help="what to do with text that is not UTF-8")
+    prepare.add_argument("--force", action="store_true", help="replace what is in DIR")
+    prepare.set_defaults(run=_prepare)
+
+    plan = verbs.add_parser("plan", help="cut, schedule, FLOPs and exact bytes per rank, predicted bubble")
+    _config(plan)
+    plan.add_argument("--ranks", type=int, default=0, metavar="N", help="ranks; 0 = pipeline.stages x pipeline.replicas")
+    plan.set_defaults(run=_plan)
+
+    train = verbs.add_parser("train", help="train; under mpirun or srun, one rank per device")
+    _config(train)
+    train.set_defaults(run=_train)
+
+    inspect = verbs.add_parser("inspect", help="a checkpoint or a run folder: what is in it, is it whole")
+    inspect.add_argument("path")
+    inspect.add_argument("--json", action="store_true", help="for programs")
+    inspect.add_argument("--stats", action="store_true", help="mean, rms, largest, NaN and Inf of every tensor")
+    inspect.set_defaults(run=_inspect)
+
+    generate = verbs.add_parser("generate", help="text from a checkpoint")
+    generate.add_argument("path", help="a checkpoint or a run folder")
+    generate.add_argument("--prompt", default="def ", help="the text to continue")
+    generate.add_argument("--tokens", type=int, default=200, metavar="N")
+    generate.add_argument("--temperature", type=float, default=0.8)
+    generate.add_argument("--top-k", type=int, default=40, metavar="K", help="0 = all")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--data", metavar="DIR", help="folder with the tokenizer, if it has moved")
+    generate.set_defaults(run=_generate)
+    return top
+
+
+def _config(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("config", metavar="RUN.toml")
+    verb.add_argument("--set", action="append", default=[], metavar="section.key=value", dest="overrides")
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    from hpcpipe.prepare import prepare
+
+    prepare(
+        args.text, args.out, vocab_size=args.vocab, val_fraction=args.val, tokenizer=args.tokenizer, errors=args.errors,
+        force=args.force,
+    )  # fmt: skip
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from hpcpipe.config import load
+    from hpcpipe.planner import describe
+
+    config = load(args.config, args.overrides)
+    print(describe.describe(config, args.ranks))
+
+
+def _train(args: argparse.Namespace) -> int:
+    from hpcpipe.comm import mpi
+
+    link = mpi.connect()
+    try:
+        _run(args, link)
+    except UserError as error:
+        if getattr(error, "everywhere", False):  # every rank knows: one of them tells
+            if link.rank == 0:
+                print(f"hpcpipe: {error}", file=sys.stderr, flush=True)
+            link.close()
+            return 2
+        link.abort(str(error))
+    except BaseException:
+        link.abort(traceback.format_exc())
+    link.close()
+    return 0
+
+
+def _run(args: argparse.Namespace, link: Any) -> None:
+    from hpcpipe.config import load
+
+    config, error = None, None
+    try:
+        config = load(args.config, args.overrides)
+    except UserError as problem:
+        error = str(problem)
+    link.agree(error)
+    from hpcpipe.train import train
+
+    assert config is not None
+    train(config, link)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from hpcpipe.checkpoint.inspect import describe
+
+    print(describe(args.path, json=args.json, stats=args.stats))
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from hpcpipe.generate import generate
+    from hpcpipe.predict import Predictor
+
+    predictor = Predictor.open(args.path, args.data)
+    generate(
+        predictor, predictor.tokenizer, args.prompt, tokens=args.tokens, temperature=args.temperature, top_k=args.top_k,
+        seed=args.seed,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""The kernel table: the one contract between layers, planner and every backend.
+
+A row names a kernel, its arguments with shapes, and its floating-point operations. From the row come
+the recorder's output shapes, the planner's price, the C prototype (held against ``hpcpipe.h`` by a
+test) and the dispatch code of the native library. Plain Python, standard library only: ``setup.py``
+loads this file before anything else is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+# Element types: "r" is the backend's real type (float32, or float64 in the reference), the others are fixed.
+C_TYPES = {"r": "float", "i": "int32_t", "l": "int64_t", "d": "double"}
+SIZES = {"r": 4, "i": 4, "l": 8, "d": 8}
+
+_ARG = re.compile(r"(?P<name>\w+)(?::(?P<type>[ild]))?(?P<inout>\+)?(?P<optional>\?)?\[(?P<shape>[^\]]*)\]")
+
+
+class Arg(NamedTuple):
+    """One buffer argument: ``role`` is out (overwritten), in (read) or inout (read and written)."""
+
+    name: str
+    role: str
+    type: str
+    shape: tuple[str, ...]
+    optional: bool
+
+
+class Kernel(NamedTuple):
+    """One row. Argument order everywhere: outs, ins, dims, ints, reals, work."""
+
+    name: str
+    outs: tuple[Arg, ...]
+    ins: tuple[Arg, ...]
+    dims: tuple[str, ...]
+    ints: tuple[str, ...]
+    reals: tuple[str, ...]
+    flops: Callable[[Mapping[str, int]], float]
+    work: str  # bytes of scratch per thread, an expression over dims and ints; "" for none
+
+    @property
+    def buffers(self) -> tuple[Arg, ...]:
+        return self.outs + self.ins
+
+
+def _parse(text: str, role: str) -> tuple[Arg, ...]:
+    found = list(_ARG.finditer(text))
+    if "".join(m.group(0) for m in found) != text.replace(" ", ""):
+        raise ValueError(f"kernel table: cannot read the arguments {text!r}")
+    return tuple(
+        Arg(m["name"], "inout" if m["inout"] else role, m["type"] or "r", tuple(m["shape"].split(",")), bool(m["optional"]))
+        for m in found
+    )
+
+
+def _row(
+    name: str,
+    outs: str,
+    ins: str,
+    dims: str,
+    flops: str,
+    ints: str = "",
+    reals: str = "",
+    work: str = "",
+) -> Kernel:
+    code = compile(flops, f"<flops of {name}>", "eval")
+    return Kernel(
+        name,
+        _parse(outs, "out"),
+        _parse(ins, "in"),
+        tuple(dims.split()),
+        tuple(ints.split()),
+        tuple(reals.split()),
+        lambda env: float(eval(code, {"min": min}, dict(env))),
+        work,
+    )
+
+
+# Letters: n tokens of a microbatch (b sequences of t), c channels in, o channels out, f feed-forward width, v vocabulary,
+# s learned positions, h query heads, k key/value heads, d head width. Matrices are row-major, weights are [out, in].
+# attention: the causal half is counted once; flops are what the mathematics needs, not what a blocked kernel pads.
+_ATTENTION_WORK = "4*(3*64*t+4*t*d+4*64*d+256)"
+TABLE: tuple[Kernel, ...] = (
+    # y = x wᵀ + b;  dx = dy w;  dw += dyᵀ x, db += Σ dy
+    _row("linear_fwd", "y[n,o]", "x[n,c] w[o,c] b?[o]", "n o c", "2*n*o*c"),
+    _row("linear_dx", "dx[n,c]", "dy[n,o] w[o,c]", "n o c", "2*n*o*c"),
+    _row("linear_dw", "", "dw+[o,c] db+?[o] dy[n,o] x[n,c]", "n o c", "2*n*o*c"),
+    # y = w[ids];  dw[ids] += dy
+    _row("embedding_fwd", "y[n,c]", "ids:i[n] w[v,c]", "n v c", "0"),
+    _row("embedding_dw", "", "dw+[v,c] dy[n,c] ids:i[n]", "n v c", "n*c"),
+    # row i is position i % t:  y = x + w[i % t];  dw[i % t] += dy
+    _row("position_fwd", "y[n,c]", "x[n,c] w[s,c]", "n s c", "n*c", ints="t"),
+    _row("position_dw", "", "dw+[s,c] dy[n,c]", "n s c", "n*c", ints="t"),
+    # y = (x - mean) rstd w + b
+    _row("layernorm_fwd", "y[n,c] mean[n] rstd[n]", "x[n,c] w[c] b[c]", "n c", "8*n*c", reals="eps"),
+    _row("layernorm_dx", "dx[n,c]", "dy[n,c] x[n,c] w[c] mean[n] rstd[n]", "n c", "11*n*c"),
+    _row("layernorm_dw", "", "dw+[c] db+[c] dy[n,c] x[n,c] mean[n] rstd[n]", "n c", "5*n*c"),
+    # y = x rstd w,  rstd = 1/sqrt(mean(x²) + eps)
+    _row("rmsnorm_fwd", "y[n,c] rstd[n]", "x[n,c] w[c]", "n c", "4*n*c", reals="eps"),
+    _row("rmsnorm_dx", "dx[n,c]", "dy[n,c] x[n,c] w[c] rstd[n]", "n c", "8*n*c"),
+    _row("rmsnorm_dw", "", "dw+[c] dy[n,c] x[n,c] rstd[n]", "n c", "3*n*c"),
+    # tanh form, as GPT-2 uses it
+    _row("gelu_fwd", "y[n,c]", "x[n,c]", "n c", "9*n*c"),
+    _row("gelu_dx", "dx[n,c]", "dy[n,c] x[n,c]", "n c", "16*n*c"),
+    # x = [gate | up]:  y = silu(gate) up
+    _row("swiglu_fwd", "y[n,f]", "x[n,2*f]", "n f", "6*n*f"),
+    _row("swiglu_dx", "dx[n,2*f]", "dy[n,f] x[n,2*f]", "n f", "12*n*f"),
+    # rotates, in place, the first h + k heads of qkv = [q | k | v]; halves (i, i + d/2) turn by (row % t) theta^(-2i/d)
+    _row("rope_fwd", "", "qkv+[n,(h+2*k)*d]", "n", "3*n*(h+k)*d", ints="t h k d", reals="theta"),
+    _row("rope_dx", "", "dqkv+[n,(h+2*k)*d]", "n", "3*n*(h+k)*d", ints="t h k d", reals="theta"),
+    # causal, grouped queries (h % k == 0), scores / sqrt(d); lse[i,head] = log Σ exp(scores), natural logarithm
+    _row("attention_fwd", "y[n,h*d] lse[n,h]", "qkv[n,(h+2*k)*d]", "n", "2*n*(t+1)*h*d",
+         ints="t h k d", work=_ATTENTION_WORK),
+    _row("attention_dx", "dqkv[n,(h+2*k)*d]", "dy[n,h*d] y[n,h*d] lse[n,h] qkv[n,(h+2*k)*d]", "n", "5*n*(t+1)*h*d",
+         ints="t h k d", work=_ATTENTION_WORK),
+    _row("add_fwd", "y[n,c]", "a[n,c] b[n,c]", "n c", "n*c"),
+    # y = x mask / (1 - p);  mask from (key, salt, element);  key = [seed, step, sample, on]: on == 0 copies
+    _row("dropout_fwd", "y[n,c]", "x[n,c] key:l[4]", "n c", "2*n*c", ints="salt", reals="p"),
+    # loss = Σ -log softmax(logits)[target]; then logits are overwritten by their gradient scale (softmax - onehot)
+    _row("crossentropy_fwd", "loss:d[1] nll[n]", "logits+[n,v] targets:i[n]", "n v", "6*n*v", reals="scale"),
+    # acc += x;  s = Σ x² in float64, blocks of a fixed size, so that no thread count changes a bit
+    _row("accumulate", "", "acc+[n] x[n]", "n", "n"),
+    _row("sumsq", "s:d[1]", "x[n]", "n", "2*n"),
+    # AdamW (Loshchilov & Hutter 2019), clears the gradient behind itself
+    # hyper = [lr, beta1, beta2, eps, 1 - beta1^step, 1 - beta2^step, gradient scale, unused]
+    _row("adamw_step", "", "p+[n] g+[n] m+[n] v+[n] hyper:d[8]", "n", "14*n", reals="decay"),
+)
+BY_NAME: dict[str, Kernel] = {k.name: k for k in TABLE}
+
+
+def bind(kernel: Kernel, shapes: Mapping[str, tuple[int, ...] | None], ints: Mapping[str, int]) -> dict[str, int]:
+    """Dimension letters from the input shapes (None for an absent optional); raises ValueError where they do not fit."""
+    env: dict[str, int] = dict(ints)
+    for arg in kernel.ins:
+        shape = shapes[arg.name]
+        if shape is None:
+            continue
+        if len(shape) != len(arg.shape):
+            raise ValueError(f"{kernel.name}: {arg.name} has shape {shape}, the table says [{','.join(arg.shape)}]")
+        for expression, size in zip(arg.shape, shape, strict=True):
+            factor, _, letter = expression.rpartition("*")
+            if letter.isidentifier() and letter not in env and (not factor or factor.isdigit()):
+                env[letter] = size // int(factor or 1)
+    for arg in kernel.ins:
+        shape = shapes[arg.name]
+        expected = shape_of(arg, env)
+        if shape is not None and expected != tuple(shape):
+            raise ValueError(f"{kernel.name}: {arg.name} has shape {tuple(shape)}, expected {expected}")
+    return env
+
+
+def shape_of(arg: Arg, env: Mapping[str, int]) -> tuple[int, ...]:
+    """The concrete shape of one argument under bound letters."""
+    return tuple(evaluate(expression, env) for expression in arg.shape)
+
+
+def evaluate(expression: str, env: Mapping[str, int]) -> int:
+    """A table expression (``h*d``) over bound letters."""
+    return int(env[expression]) if expression in env else int(eval(expression, {}, dict(env)))
+
+
+def nbytes(kernel: Kernel, env: Mapping[str, int]) -> int:
+    """Bytes a kernel must move once: outputs and inputs once each, in-out arguments twice (float32 reals)."""
+    return sum(
+        (2 if arg.role == "inout" else 1) * SIZES[arg.type] * math.prod(shape_of(arg, env)) for arg in kernel.buffers
+    )
+
+
+def prototype(kernel: Kernel) -> str:
+    """The C declaration of a row, exactly as ``hpcpipe.h`` must hold it."""
+    parts = [f"{'const ' if a.role == 'in' else ''}{C_TYPES[a.type]} *{a.name}" for a in kernel.buffers]
+    parts += [f"int64_t {d}" for d in kernel.dims + kernel.ints]
+    parts += [f"float {r}" for r in kernel.reals]
+    parts += ["void *work"] if kernel.work else []
+    return f"void hp_{kernel.name}({', '.join(parts)});"
+
+
+def digest() -> str:
+    """Names the contract; compiled into the native library and compared when it is loaded."""
+    text = "\n".join(prototype(k) + k.work for k in TABLE)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def dispatch_source() -> str:
+    """C source of ``hp_dispatch``: one switch case per row that unpacks a recorded call."""
+    lines = ['#include "hpcpipe.h"', f'const char *hp_table_digest(void) {{ return "{digest()}"; }}']
+    lines += ["void hp_dispatch(const hp_call *call, char *arena, const int64_t *bases, void *work) {",
+              "  const hp_arg *a = call->args; (void)work;", "  switch (call->kernel) {"]
+    for index, kernel in enumerate(TABLE):
+        nb, nd = len(kernel.buffers), len(kernel.dims + kernel.ints)
+        values = [f"hp_pointer(&a[{i}], arena, bases)" for i in range(nb)]
+        values += [f"a[{nb + i}].value.i" for i in range(nd)]
+        values += [f"(float)a[{nb + nd + i}].value.r" for i in range(len(kernel.reals))]
+        values += ["work"] if kernel.work else []
+        lines.append(f"  case {index}: hp_{kernel.name}({', '.join(values)}); return;")
+    return "\n".join([*lines, "  }", "}", ""])

@@ -1,0 +1,153 @@
+"""The null backend: runs a stage's three passes on shapes only and keeps what was called.
+
+The result, a ``Recording``, is a flat list of kernel calls on numbered tensors per pass. The planner prices it, the arena
+is laid out from it, and the fast backends execute it: Python is never in the hot loop. A layer sees only ``ops``: every
+kernel of the table as a method, plus ``ops.input`` for what the data loader provides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from hpcpipe.backends.kernels import BY_NAME, Kernel, bind, nbytes, shape_of
+
+PASSES = ("F", "B", "W")
+
+
+class Tensor(NamedTuple):
+    """A numbered shape. ``type`` is r (the backend's real type), i (int32), l (int64) or d (float64)."""
+
+    id: int
+    shape: tuple[int, ...]
+    type: str = "r"
+
+
+class Call(NamedTuple):
+    """One kernel call: buffers in table order (None for an absent optional), then dims and ints, then reals."""
+
+    kernel: str
+    buffers: tuple[Tensor | None, ...]
+    ints: tuple[int, ...]
+    reals: tuple[float, ...]
+
+    @property
+    def row(self) -> Kernel:
+        return BY_NAME[self.kernel]
+
+    @property
+    def env(self) -> dict[str, int]:
+        """The bound dimension letters and integers."""
+        return dict(zip(self.row.dims + self.row.ints, self.ints, strict=True))
+
+    @property
+    def flops(self) -> float:
+        return self.row.flops(self.env)
+
+    @property
+    def nbytes(self) -> int:
+        return nbytes(self.row, self.env)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One stage, recorded. ``x``/``dx`` are None where no activation enters, ``dy`` where none is sent back to it.
+
+    ``y`` of a stage that ends in a loss is that loss, a float64 of shape (1,).
+    """
+
+    passes: dict[str, tuple[Call, ...]]
+    params: dict[str, Tensor]
+    grads: dict[str, Tensor]
+    inputs: dict[str, Tensor]
+    x: Tensor | None
+    y: Tensor
+    dy: Tensor | None
+    dx: Tensor | None
+
+    @cached_property
+    def lifetimes(self) -> dict[int, tuple[str, str]]:
+        """Tensor id -> (first pass, last pass) that touches it, for every tensor in any call."""
+        spans: dict[int, tuple[str, str]] = {}
+        for name in PASSES:
+            for call in self.passes[name]:
+                for tensor in call.buffers:
+                    if tensor is not None:
+                        spans[tensor.id] = (spans.get(tensor.id, (name, name))[0], name)
+        return spans
+
+    def flops(self, name: str) -> float:
+        """Floating-point operations of one pass over one microbatch."""
+        return sum(call.flops for call in self.passes[name])
+
+    def nbytes(self, name: str) -> int:
+        """Bytes that one pass moves at least, each call's buffers counted once."""
+        return sum(call.nbytes for call in self.passes[name])
+
+
+@dataclass
+class Recorder:
+    """The ``ops`` that layers are called with: each kernel of the table is a method that returns its outputs."""
+
+    training: bool = True
+    calls: list[Call] = field(default_factory=list)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    count: int = 0
+
+    def tensor(self, shape: tuple[int, ...], type: str = "r") -> Tensor:
+        """A fresh tensor that nothing has written yet."""
+        self.count += 1
+        return Tensor(self.count - 1, tuple(int(s) for s in shape), type)
+
+    def input(self, name: str, shape: tuple[int, ...], type: str) -> Tensor:
+        """What the loader provides per microbatch under this name; asking again gives the same tensor."""
+        if name not in self.inputs:
+            self.inputs[name] = self.tensor(shape, type)
+        return self.inputs[name]
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name not in BY_NAME:
+            raise AttributeError(f"no kernel is called {name!r}")
+        return lambda *args, **scalars: self._call(BY_NAME[name], args, scalars)
+
+    def _call(self, row: Kernel, args: tuple[Tensor | None, ...], scalars: Mapping[str, float]) -> Any:
+        if len(args) != len(row.ins):
+            raise TypeError(f"{row.name} takes {len(row.ins)} buffers, got {len(args)}")
+        shapes = {a.name: None if t is None else t.shape for a, t in zip(row.ins, args, strict=True)}
+        env = bind(row, shapes, {k: int(scalars[k]) for k in row.ints})
+        outs = tuple(self.tensor(shape_of(a, env), a.type) for a in row.outs)
+        ints = tuple(env[k] for k in row.dims + row.ints)
+        self.calls.append(Call(row.name, outs + args, ints, tuple(float(scalars[k]) for k in row.reals)))
+        return outs[0] if len(outs) == 1 else outs or None
+
+    def take(self) -> tuple[Call, ...]:
+        """The calls since the last take."""
+        taken, self.calls = tuple(self.calls), []
+        return taken
+
+
+def record(
+    layer: Any,
+    x_shape: tuple[int, ...] | None,
+    backward: bool = True,
+) -> Recording:
+    """Runs ``layer`` (a stage) forward, grad_input and grad_weight on nothing.
+
+    ``x_shape`` is None for a stage that starts from loader inputs. A stage whose output is a float64 of shape (1,) ends
+    in a loss and receives no gradient. ``backward=False`` records the forward pass only.
+    """
+    ops = Recorder()
+    params = {name: ops.tensor(spec.shape) for name, spec in layer.params.items()}
+    grads = {name: ops.tensor(t.shape) for name, t in params.items()} if backward else {}
+    x = None if x_shape is None else ops.tensor(x_shape)
+    y, saved = layer.forward(ops, params, x)
+    passes, dx, dy = {"F": ops.take(), "B": (), "W": ()}, None, None
+    if backward:
+        dy = None if y.type == "d" else ops.tensor(y.shape)
+        dx, owed = layer.grad_input(ops, params, dy, saved)
+        passes["B"] = ops.take()
+        layer.grad_weight(ops, grads, owed)
+        passes["W"] = ops.take()
+    return Recording(passes, params, grads, dict(ops.inputs), x, y, dy, dx)

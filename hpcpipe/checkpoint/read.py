@@ -1,0 +1,204 @@
+"""Finds, proves and reads checkpoints: by name and global slice, so that any layout loads any other.
+
+Values are read straight from the shards at the offsets the master notes, each byte once; neither virtual datasets (which
+give fill values for missing files) nor the HDF5 headers of the shards (which may be damaged) are trusted for that.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpcpipe.checkpoint import layout, master, shard
+from hpcpipe.checkpoint.layout import Part, Tensor
+from hpcpipe.checkpoint.master import Shard, Value
+from hpcpipe.config import UserError
+
+STEP = re.compile(r"step_(\d{8,})")
+
+
+def step_folders(out: Path | str) -> list[Path]:
+    """All step folders of a run, complete or not, by step."""
+    try:
+        found = [f for f in Path(out).iterdir() if STEP.fullmatch(f.name) and f.is_dir()]
+    except OSError:
+        return []
+    return sorted(found, key=lambda f: int(f.name[5:]))
+
+
+def complete(out: Path | str) -> list[Path]:
+    """The step folders of a run that were committed, newest last; whether they are still good, ``verify`` says."""
+    return [f for f in step_folders(out) if (f / master.FILE).is_file()]
+
+
+def newest_good(out: Path | str) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint of a run folder in which every byte is right, and a sentence for each that was passed over."""
+    warnings = []
+    for folder in reversed(complete(out)):
+        try:
+            found = Checkpoint.open(folder)
+            wrong = found.verify()
+        except UserError as error:
+            wrong = [str(error)]
+        if not wrong:
+            return found, warnings
+        more = f" (and {len(wrong) - 1} more problems)" if len(wrong) > 1 else ""
+        warnings.append(f"checkpoint: {folder.name} is passed over: {wrong[0]}{more}")
+    return None, warnings
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed training state: what its master says. ``layout`` maps (kind, name) to shape, dtype and parts."""
+
+    path: Path
+    attributes: Mapping[str, Value]
+    shards: tuple[Shard, ...]
+    layout: layout.Layout
+
+    @classmethod
+    def open(cls, path: Path | str) -> Checkpoint:
+        """Open a step folder, its master.h5, or the newest complete one of a run folder. UserError if there is none."""
+        folder = _folder(Path(path))
+        file = folder / master.FILE
+        try:
+            return cls(folder, *master.from_bytes(file.read_bytes()))
+        except OSError as error:
+            raise UserError(f"checkpoint: {file} cannot be read: {error.strerror or error}") from error
+        except ValueError as error:
+            raise UserError(f"checkpoint: {file} is damaged: {error}; use an earlier checkpoint") from error
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return int(self.attributes.get("step", _number(self.path)))
+
+    @property
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+        """name -> (shape, dtype) of the parameters."""
+        return {name: (t.shape, np.dtype(t.dtype)) for (kind, name), t in self.layout.items() if kind == "parameter"}
+
+    def verify(self, shards: Sequence[int] | None = None, deep: bool = True) -> list[str]:
+        """Problems, a sentence each, of these shards (default all; ranks can share the work); empty = every byte is right.
+
+        Without ``deep`` only that the files are there and have their sizes.
+        """
+        numbers = range(len(self.shards)) if shards is None else shards
+        return [sentence for number in numbers for sentence in self._problems(number, deep)]
+
+    def read(
+        self,
+        kind: str,
+        name: str,
+        out: np.ndarray[Any, Any] | None = None,
+        slices: Sequence[slice] | None = None,
+    ) -> np.ndarray[Any, Any]:
+        """A tensor, or a global slice of it, into ``out`` (same shape and dtype) or a new array.
+
+        Each byte is read once; a part that is read as a whole is held against its checksum (for smaller slices call
+        ``verify`` first). Raises UserError for what is missing or damaged, ValueError for an ``out`` that does not fit.
+        """
+        tensor = self.layout.get((kind, name))
+        if tensor is None:
+            raise UserError(f"checkpoint: {self.path} has no {kind} {name}; was it saved by another model?")
+        start, extent = layout.region(tensor.shape, slices)
+        if out is None:
+            out = np.empty(extent, tensor.dtype)
+        if out.shape != extent or out.dtype != np.dtype(tensor.dtype):
+            raise ValueError(f"{kind} {name}: out is {out.shape} {out.dtype}, read are {extent} {tensor.dtype}")
+        for part in tensor.parts:
+            common = layout.overlap(start, extent, part)
+            if common:
+                box = tuple(slice(s - t, s - t + n) for s, t, n in zip(common[0], start, common[1], strict=True))
+                self._read_part(f"{kind} {name}", part, *common, out[box])
+        return out
+
+    def _read_part(
+        self, title: str, part: Part, start: layout.Index, extent: layout.Index, out: np.ndarray[Any, Any]
+    ) -> None:
+        """Read the box ``start``, ``extent`` of one part into ``out``, stretch by stretch in file order."""
+        file, crc = self.path / self.shards[part.shard].file, 0
+        try:
+            fd = os.open(file, os.O_RDONLY)
+            try:
+                for first, position, count in layout.runs(part, start, extent):
+                    view, offset = out[position], part.offset + first * out.itemsize
+                    straight = view.flags.c_contiguous
+                    target = view if straight else np.empty(view.shape, view.dtype)
+                    crc = shard.read_run(fd, target, offset, crc)
+                    if not straight:
+                        view[...] = target
+            finally:
+                os.close(fd)
+        except EOFError as error:
+            raise UserError(f"checkpoint: {file} is cut short: {error}, inside {title}") from error
+        except OSError as error:
+            raise UserError(f"checkpoint: {file}, needed for {title}, cannot be read: {error.strerror}") from error
+        if extent == part.extent and crc != part.crc32:
+            raise UserError(f"checkpoint: {file} is damaged: {title} has CRC {crc:08x} instead of {part.crc32:08x}")
+
+    def _problems(self, number: int, deep: bool) -> list[str]:
+        record = self.shards[number]
+        file = self.path / record.file
+        inside = [(f"{k[0]} {k[1]}", t, p) for k, t in self.layout.items() for p in t.parts if p.shard == number]
+        held = f"{_several([title for title, _, _ in inside])}"
+        try:
+            size = file.stat().st_size
+            if size != record.bytes:
+                return [f"{file} has {size} bytes instead of {record.bytes}; it holds {held}"]
+            return self._damage(file, record, inside) if deep else []
+        except FileNotFoundError:
+            return [f"{file} is missing; it holds {held}"]
+        except OSError as error:
+            return [f"{file} cannot be read: {error.strerror or error}; it holds {held}"]
+
+    def _damage(self, file: Path, record: Shard, inside: Sequence[tuple[str, Tensor, Part]]) -> list[str]:
+        """Sentences for the damaged blocks of a shard and for the tensors whose own checksum is wrong."""
+        fd = os.open(file, os.O_RDONLY)
+        try:
+            sizes = [np.dtype(t.dtype).itemsize for _, t, _ in inside]
+            blocks, parts = shard.damage(fd, record.blocks, [p for _, _, p in inside], sizes)
+        finally:
+            os.close(fd)
+        hurt = _several([inside[i][0] for i in parts]) if parts else "no tensor, the HDF5 headers"
+        found = [
+            f"{file} is damaged in bytes {b * shard.BLOCK} to {min((b + 1) * shard.BLOCK, record.bytes)}: {hurt}"
+            for b in blocks
+        ]
+        if shard.digest(record.blocks) != record.digest:
+            found.append(f"{file}: the digest in {master.FILE} is not that of its own list of blocks")
+        if parts and not blocks:
+            found.append(f"{file} holds other values than were meant to be written: {hurt}")
+        return found
+
+
+def _folder(path: Path) -> Path:
+    """The step folder meant by a path; UserError names what is there instead."""
+    if path.name == master.FILE:
+        return path.parent
+    if (path / master.FILE).is_file():
+        return path
+    if found := complete(path):
+        return found[-1]
+    if not path.exists():
+        raise UserError(f"checkpoint: {path} does not exist")
+    if STEP.fullmatch(path.name):
+        raise UserError(f"checkpoint: {path} was never finished (it has no {master.FILE}); use an earlier one")
+    raise UserError(f"checkpoint: there is no finished checkpoint in {path}")
+
+
+def _number(folder: Path) -> int:
+    found = STEP.fullmatch(folder.name)
+    return int(found[1]) if found else 0
+
+
+def _several(titles: Sequence[str]) -> str:
+    """At most three names, then how many more."""
+    text = ", ".join(dict.fromkeys(titles[:3])) or "nothing"
+    return text + (f" and {len(titles) - 3} more" if len(titles) > 3 else "")

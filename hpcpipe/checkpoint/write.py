@@ -1,0 +1,267 @@
+"""Saves a training state: a shard per writer, then the master whose rename is the commit.
+
+Every file is written under a name ending in .part, synced, renamed, and its folder synced. Nothing that a committed
+master refers to is ever overwritten, so whatever fails, and wherever, the previous checkpoint stays as it is. The caller
+sees to the order: all shards, their records gathered, ``commit`` once, ``prune`` last.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+
+from hpcpipe.checkpoint import layout, master, read, shard
+from hpcpipe.checkpoint.layout import Entry, ShardRecord
+from hpcpipe.config import UserError
+
+ALIGNMENT = 4096  # bytes; large datasets begin on a page
+OURS = re.compile(r"(shard_\d+(\.\d+)?|master)\.h5(\.part)?")
+
+
+class Piece(NamedTuple):
+    """A box of a tensor held by this writer: global ``shape``, where the box begins, its values on the host.
+
+    ``kind`` is parameter, moment1 or moment2; ``array`` (usually float32) must not change until it is written.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+    array: np.ndarray[Any, Any]
+
+
+def step_folder(out: Path | str, step: int) -> Path:
+    """Where the checkpoint of a step lives: out/step_00000020."""
+    return Path(out) / f"step_{step:08d}"
+
+
+def write_shard(folder: Path, index: int, pieces: Iterable[Piece]) -> ShardRecord:
+    """Write the pieces, one after the other as they come, as shard number ``index``; on return they are on the disk.
+
+    Writers of different numbers may write at the same time. Raises UserError when it cannot be written (disk full, ...);
+    its own half-written file is gone then, and ``discard`` removes what the others wrote.
+    """
+    with _saving(folder / f"shard_{index:04d}.h5") as files:
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / _free_name(folder, index)
+        part = folder / f"{target.name}.part"
+        files += [part, target]
+        entries, blocks, size = _write(part, index, pieces)
+        os.replace(part, target)
+        shard.sync_folder(folder)
+    return ShardRecord(file=target.name, bytes=size, digest=shard.digest(blocks), blocks=blocks, entries=entries)
+
+
+def commit(folder: Path, records: Sequence[ShardRecord], attributes: Mapping[str, master.Value]) -> None:
+    """Make the shards of ``records`` the checkpoint in ``folder``: once this returns it is complete and durable.
+
+    Raises UserError, and discards the shards, when they do not hold every element exactly once or the master cannot be
+    written; a checkpoint that was in this folder before is still there then.
+    """
+    renamed = False
+    part = folder / f"{master.FILE}.part"
+    try:
+        with _saving(folder / master.FILE) as files:
+            files.append(part)
+            _check(folder, records)
+            _write_plain(part, master.to_bytes(records, attributes))
+            os.replace(part, folder / master.FILE)
+            renamed = True
+            shard.sync_folder(folder)
+            shard.sync_folder(folder.parent)
+    except BaseException:
+        if not renamed:  # after the rename the old master's shards may still be needed: the disk decides which one it has
+            discard(folder)
+        raise
+    discard(folder)
+
+
+def discard(folder: Path) -> None:
+    """Remove what an unfinished save left in a folder: everything of ours that its committed master does not refer to."""
+    names = _names(folder)
+    keep: set[str] = set()
+    if master.FILE in names:
+        try:
+            keep = {master.FILE, *(s.file for s in read.Checkpoint.open(folder).shards)}
+        except UserError:
+            return  # a damaged master: leave all there is to whoever wants to rescue it
+    for name in names:
+        if OURS.fullmatch(name) and name not in keep:
+            with suppress(OSError):
+                (folder / name).unlink()
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def prune(out: Path | str, keep: int, deep: bool = True) -> list[str]:
+    """Keep the newest ``keep`` complete checkpoints (0 = all) and remove half-written folders older than the newest.
+
+    Nothing is removed before the newest is proven complete: with ``deep`` every byte is read and summed, without it the
+    files must have their sizes (for callers that have verified it already). Returns sentences about what stands in the way.
+    """
+    found = read.complete(out)
+    if not found:
+        return []
+    try:
+        wrong = read.Checkpoint.open(found[-1]).verify(deep=deep)
+    except UserError as error:
+        wrong = [str(error)]
+    if wrong:
+        return [f"checkpoint: nothing older than {found[-1].name} is removed because it is not good: {wrong[0]}"]
+    half = [f for f in read.step_folders(out) if f not in found and f < found[-1]]
+    for folder in half + (found[:-keep] if keep else []):
+        _remove(folder)
+    return []
+
+
+def _remove(folder: Path) -> None:
+    """Take a checkpoint away, its master first so that at no moment it looks complete; foreign files stay."""
+    with suppress(OSError):
+        (folder / master.FILE).unlink(missing_ok=True)
+        shard.sync_folder(folder)
+    if master.FILE not in _names(folder):
+        discard(folder)
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def _free_name(folder: Path, index: int) -> str:
+    """shard_0003.h5, or shard_0003.1.h5, ... beside a committed checkpoint, whose files are not to be touched."""
+    names, stem, turn = set(os.listdir(folder)), f"shard_{index:04d}", 0
+    name = f"{stem}.h5"
+    while master.FILE in names and name in names:
+        turn += 1
+        name = f"{stem}.{turn}.h5"
+    return name
+
+
+def _check(folder: Path, records: Sequence[ShardRecord]) -> None:
+    """The shards must be there, in full, and together hold every element once."""
+    wrong = layout.problems(layout.collect([r["entries"] for r in records]))
+    if wrong:
+        raise UserError(f"checkpoint: {folder} is not committed because of {len(wrong)} tensors: {wrong[0]}")
+    for record in records:
+        size = (folder / record["file"]).stat().st_size
+        if size != record["bytes"]:
+            raise UserError(
+                f"checkpoint: {folder / record['file']} has {size} bytes, {record['bytes']} were written; "
+                "is another job writing to the same folder?"
+            )
+
+
+def _write(part: Path, index: int, pieces: Iterable[Piece]) -> tuple[list[Entry], list[int], int]:
+    """(entries, block sums, bytes) of a shard written and synced under its temporary name.
+
+    HDF5 lays out the file and writes the headers; the values go to their place in it with pwrite, summed on the way.
+    """
+    file = h5py.File(
+        part, "w", libver=master.LIBVER, locking=False, alignment_threshold=1 << 16, alignment_interval=ALIGNMENT
+    )
+    fd = os.open(part, os.O_RDWR)
+    try:
+        file.attrs["about"] = "part of a checkpoint: open master.h5 beside this file"
+        file.attrs["shard"] = index
+        entries: list[Entry] = []
+        for piece in pieces:
+            entries.append(_write_piece(file, fd, piece))
+        file.close()
+        os.fsync(fd)
+        return entries, shard.block_sums(fd), os.fstat(fd).st_size
+    except BaseException:
+        # Give the space back first: with a full disk HDF5 could not write its headers, and a file it cannot close stays open.
+        with suppress(OSError):
+            os.ftruncate(fd, 0)
+        with suppress(OSError, RuntimeError):
+            file.close()
+        raise
+    finally:
+        os.close(fd)
+
+
+def _write_piece(file: Any, fd: int, piece: Piece) -> Entry:
+    """One contiguous dataset, allocated at once and never filled by HDF5, with the attributes that explain it."""
+    array = np.ascontiguousarray(piece.array)
+    array = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    if array.dtype.kind not in "fiu" or array.size == 0 or array.ndim != len(piece.shape):
+        raise UserError(f"checkpoint: {piece.name} of shape {list(piece.shape)} has a piece {array.shape} {array.dtype}")
+    path = layout.path(piece.kind, piece.name)
+    if path in file:  # a second box of the same tensor
+        path += "@" + ",".join(map(str, piece.start))
+    plan, link = h5py.h5p.create(h5py.h5p.DATASET_CREATE), h5py.h5p.create(h5py.h5p.LINK_CREATE)
+    plan.set_layout(h5py.h5d.CONTIGUOUS)
+    plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    link.set_create_intermediate_group(True)
+    kind, space = h5py.h5t.py_create(array.dtype), h5py.h5s.create_simple(array.shape)
+    dataset = h5py.Dataset(h5py.h5d.create(file.id, path.encode(), kind, space, plan, link))
+    offset = dataset.id.get_offset()
+    crc = shard.write_at(fd, memoryview(array.reshape(-1).view(np.uint8)), offset)
+    about = {"name": piece.name, "kind": piece.kind, "shape": list(piece.shape), "start": list(piece.start)}
+    for key, value in {**about, "crc32": np.uint32(crc)}.items():
+        dataset.attrs[key] = value
+    return Entry(
+        name=piece.name,
+        kind=piece.kind,
+        shape=list(piece.shape),
+        start=list(piece.start),
+        extent=list(array.shape),
+        dtype=array.dtype.str,
+        crc32=crc,
+        path=path,
+        offset=offset,
+    )
+
+
+def _write_plain(file: Path, data: bytes) -> None:
+    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        shard.write_at(fd, memoryview(data), 0)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _saving(target: Path) -> Iterator[list[Path]]:
+    """Whatever goes wrong inside, the files put into the list are removed; errors of disk and HDF5 become a sentence."""
+    files: list[Path] = []
+    try:
+        yield files
+    except BaseException as error:
+        written = max((f.stat().st_size for f in files if f.exists()), default=0)
+        for file in files:
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
+        if isinstance(error, (OSError, RuntimeError, ValueError, KeyError)):
+            raise UserError(_sentence(target, error, written)) from error
+        raise
+
+
+def _sentence(target: Path, error: Exception, written: int) -> str:
+    """What, where, how many bytes, what now. HDF5 puts the system's error number into its text."""
+    number = getattr(error, "errno", None)
+    if number is None and (found := re.search(r"errno = (\d+)", str(error))):
+        number = int(found[1])
+    reason = os.strerror(number) if number else str(error).strip()
+    text = f"checkpoint: {target} cannot be saved: {reason}"
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        with suppress(OSError):
+            free = shutil.disk_usage(target.parent if target.parent.exists() else target.parent.parent).free
+            text += f" after {written} bytes, {free} bytes are free there now"
+        return f"{text}; the previous checkpoint is untouched, free some space or lower checkpoint.keep"
+    return f"{text}; the previous checkpoint is untouched"

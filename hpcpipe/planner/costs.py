@@ -1,0 +1,40 @@
+"""What a recording costs: the roofline of a device applied to each recorded kernel call."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from hpcpipe.backends.null import PASSES, Recording
+
+
+class Device(NamedTuple):
+    """The two limits that a roofline needs: float32 FLOP/s of matrix products, bytes/s of memory."""
+
+    flops: float
+    bandwidth: float
+
+
+# One AVX2 core of a shared server, as a start; a run measures its own product peak and reports against that.
+CORE = Device(flops=1.0e11, bandwidth=1.0e10)
+
+
+class Cost(NamedTuple):
+    """Seconds per microbatch of the three passes of one stage or slot."""
+
+    F: float
+    B: float
+    W: float
+
+    @property
+    def total(self) -> float:
+        return self.F + self.B + self.W
+
+
+def price(recording: Recording, device: Device) -> Cost:
+    """Seconds of each pass: every call takes the longer of its arithmetic and its memory traffic (Williams et al. 2009)."""
+    return Cost(
+        *(
+            sum(max(call.flops / device.flops, call.nbytes / device.bandwidth) for call in recording.passes[name])
+            for name in PASSES
+        )
+    )

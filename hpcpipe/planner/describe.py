@@ -1,0 +1,56 @@
+"""A plan for people: the table per rank and the predicted timeline."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+
+from hpcpipe import model
+from hpcpipe.config import Config
+from hpcpipe.data import MANIFEST, open_dataset
+from hpcpipe.placement.cores import allowed
+from hpcpipe.planner.plan import Plan, plan, resolve
+from hpcpipe.schedule.timeline import draw
+
+
+def describe(config: Config, ranks: int = 0, width: int = 96) -> str:
+    """What ``hpcpipe plan`` prints for ``ranks`` ranks (0: as many as the config names, at least one)."""
+    path = config.data.path
+    vocab = open_dataset(path).vocab if path and (Path(path) / MANIFEST).exists() else 0
+    pipeline = config.pipeline
+    listed = len(pipeline.cut) if isinstance(pipeline.cut, tuple) else 0
+    ranks = ranks or (pipeline.stages or listed or 1) * (pipeline.replicas or 1)
+    threads = config.device.threads or max(1, len(allowed()) // ranks)
+    return "\n".join(_lines(plan(resolve(config, vocab), ranks, threads), threads, width))
+
+
+def _lines(p: Plan, threads: int, width: int) -> list[str]:
+    c = p.config
+    m, t = c.model, c.train
+    count = model.parameter_count(m)
+    lines = [
+        f"{m.family}: {m.layers} layers, {m.heads} heads ({m.kv_heads} kv), width {m.width}, ffn {m.ffn}, "
+        f"vocabulary {m.vocab}, {count:,} parameters",
+        f"{len(p.stages)} stages x {p.replicas} replicas, {threads} threads each; {t.batch} sequences of {t.length} tokens "
+        f"per step in {p.micros} microbatches of {t.microbatch} per replica",
+        f"{p.flops / 1e9:,.2f} GFLOP per step, {p.flops / p.tokens / 1e6:,.3f} MFLOP per token",
+        "",
+        f"{'stage':>5} {'slots':<24} {'parameters':>13} {'F':>9} {'B':>9} {'W':>9}  GFLOP per microbatch",
+    ]
+    for i, stage in enumerate(p.stages):
+        own = [name for name in stage.layer.params if name not in p.ties]
+        size = sum(prod(stage.layer.params[name].shape) for name in own)
+        flops = [stage.recording.flops(name) / 1e9 for name in "FBW"]
+        lines.append(f"{i:>5} {_span(stage.slots):<24} {size:>13,} " + " ".join(f"{f:>9.3f}" for f in flops))
+    uses = list(dict.fromkeys(use for rank in p.ranks for use in rank.memory.by_use()))
+    lines += ["", "MiB per rank, exactly what is allocated:", "  rank " + " ".join(f"{u:>11}" for u in uses) + f" {'in all':>11}"]
+    for i, rank in enumerate(p.ranks):
+        parts = rank.memory.by_use()
+        sizes = [parts.get(use, 0) for use in uses] + [rank.memory.total]
+        lines.append(f"  {i:>4} " + " ".join(f"{size / 2**20:>11.2f}" for size in sizes))
+    lines += ["", f"schedule {c.pipeline.schedule}, predicted bubble {p.timeline.bubble:.1%}", draw(p.timeline, width)]
+    return lines
+
+
+def _span(slots: tuple[str, ...]) -> str:
+    return slots[0] if len(slots) == 1 else f"{slots[0]} … {slots[-1]}"

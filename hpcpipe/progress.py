@@ -1,0 +1,92 @@
+"""What a run tells: a live line for people, JSON lines for programs, a completion record when it ended well.
+
+Only rank 0 writes. ``metrics.jsonl`` gets one object per step; ``done.json`` exists if and only if the run ended well,
+because a launcher's exit status can be 0 after a node was lost.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+
+class Progress:
+    """The record of one run in ``out``. ``flops`` and ``tokens`` are per step, ``peak`` the machine's matrix-product FLOP/s."""
+
+    def __init__(self, out: Path, steps: int, flops: float, tokens: int, peak: float, every: int) -> None:
+        self.out, self.steps, self.flops, self.tokens, self.peak, self.every = out, steps, flops, tokens, peak, every
+        self.file: IO[str] = open(out / "metrics.jsonl", "a", encoding="utf-8")
+        (out / "done.json").unlink(missing_ok=True)
+        self.live = sys.stdout.isatty()
+        self.rate = 0.0  # seconds per step, averaged
+        self.shown = -math.inf
+        self.width = 0
+
+    def step(self, step: int, seconds: float, values: dict[str, float]) -> None:
+        """One finished step: ``values`` holds loss, grad_norm, lr and bubble."""
+        self.rate = seconds if not self.rate else 0.9 * self.rate + 0.1 * seconds
+        self._write(
+            {
+                "step": step,
+                **values,
+                "tokens": (step + 1) * self.tokens,
+                "seconds": seconds,
+                "tokens_per_s": self.tokens / seconds,
+                "flops_per_s": self.flops / seconds,
+                "peak_share": self.flops / seconds / self.peak,
+            }
+        )
+        last = step + 1 == self.steps
+        if (step + 1) % self.every == 0 or last or step == 0 or time.monotonic() - self.shown > 5:
+            self.shown = time.monotonic()
+            self._show(self._line(step, values), keep=last or not self.live)
+
+    def evaluated(self, step: int, loss: float) -> None:
+        """A validation loss after ``step`` steps."""
+        self._write({"step": step, "validation_loss": loss})
+        self.say(f"step {step:>6}  validation loss {loss:.4f}")
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._show(text, keep=True)
+
+    def done(self, record: dict[str, Any]) -> None:
+        """Writes the completion record: the run ended well."""
+        self.file.close()
+        part = self.out / "done.json.part"
+        with open(part, "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, self.out / "done.json")
+
+    def _line(self, step: int, values: dict[str, float]) -> str:
+        left = (self.steps - step - 1) * self.rate
+        return (
+            f"step {step + 1:>6}/{self.steps}  loss {values['loss']:7.4f}  norm {values['grad_norm']:8.3f}  "
+            f"{self.tokens / self.rate:9,.0f} tokens/s  {self.flops / self.rate / 1e9:6.1f} GFLOP/s "
+            f"({self.flops / self.rate / self.peak:4.0%} of peak)  bubble {values['bubble']:4.0%}  {clock(left)} left"
+        )
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+    def _show(self, text: str, keep: bool) -> None:
+        if self.live:
+            sys.stdout.write("\r" + text.ljust(self.width) + ("\n" if keep else ""))
+            self.width = 0 if keep else len(text)
+        else:
+            sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss, or m:ss below an hour."""
+    s = max(0, round(seconds))
+    return f"{s // 3600}:{s // 60 % 60:02}:{s % 60:02}" if s >= 3600 else f"{s // 60}:{s % 60:02}"

@@ -1,0 +1,247 @@
+"""The arena: one allocation per rank, and where every tensor lies in it, known before step 0.
+
+In: the recordings of a rank's stages and the slot counts of its program. Out: ``Memory``, a table of offsets whose total is
+exactly what is allocated. A tensor's address is arena + base of its region + offset; the base depends on the microbatch
+slot, so one recorded pass serves every microbatch and nothing is allocated, or looked up by name, while training runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from hpcpipe.backends.kernels import evaluate
+from hpcpipe.backends.null import PASSES, Call, Recording, Tensor
+from hpcpipe.schedule.program import POOLS, Lifetimes
+
+RESIDENT = ("PARAM", "GRAD", "MOMENT1", "MOMENT2", "SCALAR", "INPUT", "TEMP", "SCRATCH")
+REGIONS = (*RESIDENT, *POOLS)
+INDEX = {name: i for i, name in enumerate(REGIONS)}
+ALIGN = 64  # bytes: a cache line, and the widest vector register
+HYPER = 8  # float64 scalars of the optimizer, at the start of SCALAR
+BUCKET = 1 << 20  # elements of SCRATCH at most: the unit of a data-parallel or tied-embedding exchange
+
+
+def align(n: int, to: int = ALIGN) -> int:
+    """n rounded up to a multiple of ``to``."""
+    return -(-n // to) * to
+
+
+def size_of(tensor: Tensor, real: int) -> int:
+    """Bytes of a tensor, padded to the alignment."""
+    return align(math.prod(tensor.shape) * {"r": real, "i": 4, "l": 8, "d": 8}[tensor.type])
+
+
+class Span(tuple[int, int]):
+    """Elements [start, end) of a flat buffer."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The flat parameter buffer of a rank: offsets in elements, stage by stage, decayed tensors first within each.
+
+    ``tied`` maps a copy to its owner. A copy on its owner's rank shares the owner's values and moments; its gradient is
+    always its own, so that both gradients are summed in one fixed order on every layout.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    param: dict[str, int]
+    grad: dict[str, int]
+    decay: dict[str, bool]
+    stage: dict[int, tuple[int, int, int]]  # stage -> start, end of the decayed ones, end (elements, in both buffers)
+    tied: dict[str, str]
+    size: int  # elements of PARAM and of each moment
+    grad_size: int
+
+    @property
+    def owned(self) -> list[str]:
+        """Names with values of their own on this rank."""
+        return [name for name in self.param if self.tied.get(name) not in self.param]
+
+
+def parameters(stages: Mapping[int, object], ties: Mapping[str, str], replicas: int) -> Parameters:
+    """Lays the parameters of a rank's stages (index -> layer) out; a stage's share is a multiple of 16 x replicas."""
+    shapes, param, grad, decay, spans = {}, {}, {}, {}, {}
+    names = {name for layer in stages.values() for name in layer.params}  # type: ignore[attr-defined]
+    tied = {copy: owner for copy, owner in ties.items() if copy in names}
+    at = 0
+    for index, layer in stages.items():
+        start, edge = at, at
+        specs = layer.params  # type: ignore[attr-defined]
+        for group in (True, False):
+            for name, spec in specs.items():
+                shapes[name], decay[name] = spec.shape, spec.decay
+                if spec.decay is group and tied.get(name) not in names:
+                    param[name] = grad[name] = at
+                    at += align(math.prod(spec.shape), 16)
+            edge = at if group else edge
+        at = align(at, 16 * replicas)
+        spans[index] = (start, edge, at)
+    size = at
+    for copy, owner in tied.items():
+        if owner in names:
+            param[copy], grad[copy] = param[owner], at
+            at += align(align(math.prod(shapes[copy]), 16), 16 * replicas)
+    return Parameters(shapes, param, grad, decay, spans, tied, size, at)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tensors of one recorded stage lie: (region, offset), and the bytes one slot of each pool takes."""
+
+    where: dict[int, tuple[int, int]]
+    slot: dict[str, int]
+    temp: int
+    work: int  # scratch bytes per thread
+    lifetimes: Lifetimes
+
+
+def layout(recording: Recording, params: Parameters, inputs: Mapping[str, int], real: int) -> Layout:
+    """Gives every tensor of a recording its place; what a pass writes and a later pass reads decides the pool.
+
+    ``inputs`` maps loader input names to offsets within one microbatch's inputs. Temporaries share memory by linear scan.
+    """
+    where: dict[int, tuple[int, int]] = {}
+    for name, tensor in recording.params.items():
+        where[tensor.id] = (INDEX["PARAM"], real * params.param[name])
+    for name, tensor in recording.grads.items():
+        where[tensor.id] = (INDEX["GRAD"], real * params.grad[name])
+    for name, tensor in recording.inputs.items():
+        where[tensor.id] = (INDEX["INPUT"], inputs[name])
+    slot = dict.fromkeys(POOLS, 0)
+    for pool, boundary in zip(POOLS, (recording.x, recording.y, recording.dy, recording.dx), strict=False):
+        if boundary is not None:
+            if boundary.id in where:
+                raise ValueError(f"a stage hands {pool} on unchanged; every stage must write its own output")
+            where[boundary.id], slot[pool] = (INDEX[pool], 0), size_of(boundary, real)
+    pool_of = {("F", "B"): "SAVED", ("F", "W"): "KEPT", ("B", "W"): "OWED"}
+    for tensor in _tensors(recording):
+        pool = pool_of.get(recording.lifetimes[tensor.id])
+        if tensor.id not in where and pool:
+            where[tensor.id] = (INDEX[pool], slot[pool])
+            slot[pool] += size_of(tensor, real)
+    temp = max(_temporaries(recording.passes[name], where, real) for name in PASSES)
+    work = max((evaluate(c.row.work, c.env) for name in PASSES for c in recording.passes[name] if c.row.work), default=0)
+    return Layout(where, slot, temp, align(work), lifetimes(recording))
+
+
+def lifetimes(recording: Recording) -> Lifetimes:
+    """The last pass that touches each tensor at the stage's boundary."""
+    spans = recording.lifetimes
+
+    def last(tensor: Tensor | None, born: str) -> str:
+        return spans[tensor.id][1] if tensor is not None and tensor.id in spans else born
+
+    return Lifetimes(
+        x=last(recording.x, "F"), y=last(recording.y, "F"), dy=last(recording.dy, "B"), dx=last(recording.dx, "B")
+    )
+
+
+def _tensors(recording: Recording) -> list[Tensor]:
+    """Every tensor of a recording once, in the order of first use."""
+    seen: dict[int, Tensor] = {}
+    for name in PASSES:
+        for call in recording.passes[name]:
+            for tensor in call.buffers:
+                if tensor is not None:
+                    seen.setdefault(tensor.id, tensor)
+    return list(seen.values())
+
+
+def _temporaries(calls: Sequence[Call], where: dict[int, tuple[int, int]], real: int) -> int:
+    """Places the tensors that live within one pass by linear scan, first fit; returns the bytes they need together."""
+    last = {t.id: i for i, call in enumerate(calls) for t in call.buffers if t is not None}
+    live: list[tuple[int, int, int]] = []  # (offset, end, last call), by offset
+    top = 0
+    for i, call in enumerate(calls):
+        live = [span for span in live if span[2] >= i]
+        for tensor in call.buffers:
+            if tensor is None or tensor.id in where:
+                continue
+            size, offset = size_of(tensor, real), 0
+            for start, end, _ in live:
+                if start - offset >= size:
+                    break
+                offset = max(offset, end)
+            live = sorted([*live, (offset, offset + size, last[tensor.id])])
+            where[tensor.id] = (INDEX["TEMP"], offset)
+            top = max(top, offset + size)
+    return top
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The map of a rank's arena: where each region starts, the slots of each pool, and the bytes in all."""
+
+    resident: dict[str, tuple[int, int]]  # region -> (base, bytes)
+    pools: dict[tuple[int, str], tuple[int, int, int]]  # (stage, pool) -> (base, bytes of a slot, slots)
+    inputs: dict[str, tuple[int, Tensor]]  # loader input -> (offset within a microbatch, tensor)
+    stride: int  # bytes of one microbatch's inputs
+    work: int  # base of the kernels' scratch
+    total: int
+
+    def base(self, stage: int, pool: str, index: int) -> int:
+        """Where a slot starts, in bytes from the start of the arena."""
+        start, size, _ = self.pools[stage, pool]
+        return start + size * index
+
+    def by_use(self) -> dict[str, int]:
+        """Bytes by purpose, in the order people ask for them; they sum to ``total``."""
+        parts = {name.lower(): size for name, (_, size) in self.resident.items()}
+        for (_, pool), (_, size, count) in self.pools.items():
+            use = "messages" if pool in ("X", "Y", "DY", "DX") else "activations"
+            parts[use] = parts.get(use, 0) + size * count
+        parts["work"] = self.total - sum(parts.values())
+        return parts
+
+
+def input_offsets(recordings: Sequence[Recording]) -> tuple[dict[str, tuple[int, Tensor]], int]:
+    """Offsets of a rank's loader inputs within one microbatch, and the bytes of one microbatch."""
+    table: dict[str, tuple[int, Tensor]] = {}
+    at = 0
+    for recording in recordings:
+        for name, tensor in recording.inputs.items():
+            if name not in table:
+                table[name] = (at, tensor)
+                at += size_of(tensor, 8)
+    return table, at
+
+
+def arrange(
+    layouts: Mapping[int, Layout],
+    counts: Callable[[int, str], int],
+    params: Parameters,
+    inputs: tuple[dict[str, tuple[int, Tensor]], int],
+    micros: int,
+    scratch: int,
+    threads: int,
+    real: int,
+) -> Memory:
+    """Stacks the regions of one rank: flat buffers, scalars, inputs of a step, temporaries, slots, scratch.
+
+    ``counts(stage, pool)`` gives slots, ``scratch`` the elements that exchanges need, ``micros`` the microbatches of a step.
+    """
+    sizes = {
+        "PARAM": real * params.size,
+        "GRAD": real * params.grad_size,
+        "MOMENT1": real * params.size,
+        "MOMENT2": real * params.size,
+        "SCALAR": 8 * (HYPER + len(params.owned)),
+        "INPUT": inputs[1] * micros,
+        "TEMP": max(part.temp for part in layouts.values()),
+        "SCRATCH": real * scratch,
+    }
+    at = 0
+    resident, pools = {}, {}
+    for name, size in sizes.items():
+        resident[name] = (at, align(size))
+        at += align(size)
+    for stage, part in layouts.items():
+        for pool in POOLS:
+            count = counts(stage, pool)
+            if part.slot[pool] and count:
+                pools[stage, pool] = (at, part.slot[pool], count)
+                at += part.slot[pool] * count
+    work = at
+    return Memory(resident, pools, inputs[0], inputs[1], work, at + threads * max(p.work for p in layouts.values()))

@@ -1,0 +1,99 @@
+"""AdamW over the flat buffers: decay groups, a global gradient norm over all stages, clipping, the learning rate.
+
+The update is recorded like any stage. The norm is exact to the last bit on every layout: each tensor's sum of squares comes
+from one kernel on one rank, and the terms are added in the order of their names with math.fsum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hpcpipe.backends.null import Call, Tensor
+from hpcpipe.config import OptimizerConfig, TrainConfig
+from hpcpipe.runtime.arena import HYPER, INDEX, Parameters
+from hpcpipe.runtime.executor import Executor
+
+
+def learning_rate(step: int, optimizer: OptimizerConfig, train: TrainConfig) -> float:
+    """The rate of step 0, 1, …: linear warm-up, then cosine to min_lr, or warm-up-stable-decay (linear over decay_steps).
+
+    Cosine: Loshchilov & Hutter 2017 (SGDR) without restarts. WSD: Hu et al. 2024 (MiniCPM).
+    """
+    if step < optimizer.warmup:
+        return optimizer.lr * (step + 1) / optimizer.warmup
+    if optimizer.schedule == "cosine":
+        done = (step - optimizer.warmup) / max(1, train.steps - optimizer.warmup)
+        return optimizer.min_lr + (optimizer.lr - optimizer.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    left = (train.steps - step) / max(1, optimizer.decay_steps)
+    return optimizer.min_lr + (optimizer.lr - optimizer.min_lr) * min(1.0, left)
+
+
+class AdamW:
+    """The optimizer of one rank. ``names`` is the order of all owned parameters of the model, on every rank the same."""
+
+    def __init__(self, executor: Executor, params: Parameters, config: OptimizerConfig, names: Sequence[str]) -> None:
+        self.executor, self.config = executor, config
+        self.hyper = executor.array("SCALAR", 0, (HYPER,), "d")
+        self._bases = executor.bases()
+        self._norms = self._compile(_norm_calls(params))
+        self._update = self._compile(_update_calls(params, config.weight_decay))
+        self._sums = executor.array("SCALAR", 8 * HYPER, (len(params.owned),), "d")
+        # a copy of a tied tensor holds the same gradient as its owner: counted once, by the owner's rank
+        mine = [name for name in params.owned if name not in params.tied]
+        self._index = np.array([names.index(name) for name in mine], np.intp)
+        self._mine = np.array([params.owned.index(name) for name in mine], np.intp)
+
+    def squares(self, into: np.ndarray) -> None:
+        """Writes Σ g² of this rank's own parameters to their places in ``into`` (float64, one per name)."""
+        self.executor.backend.run(self._norms, self.executor.arena, self._bases, self.executor.memory.work)
+        into[self._index] = self._sums[self._mine]
+
+    def scale(self, squares: np.ndarray) -> tuple[float, float]:
+        """The global gradient norm and the factor that clips it."""
+        norm = math.sqrt(math.fsum(squares.tolist()))
+        clip = self.config.clip
+        return norm, clip / norm if 0 < clip < norm else 1.0
+
+    def update(self, step: int, lr: float, scale: float) -> None:
+        """p, m, v <- AdamW; the gradient is cleared. ``step`` counts from 0."""
+        c = self.config
+        self.hyper[:] = (lr, c.beta1, c.beta2, c.eps, 1 - c.beta1 ** (step + 1), 1 - c.beta2 ** (step + 1), scale, 0)
+        self.executor.backend.run(self._update, self.executor.arena, self._bases, self.executor.memory.work)
+
+    def _compile(self, placed: list[tuple[Call, dict[int, tuple[str, int]]]]) -> Any:
+        """Compiles calls whose tensors carry unique numbers; places are (region, bytes or elements of r)."""
+        real = self.executor.backend.real
+        where: dict[int, tuple[int, int]] = {}
+        for call, places in placed:
+            for tensor in call.buffers:
+                assert tensor is not None
+                region, at = places[tensor.id]
+                where[tensor.id] = (INDEX[region], at if region == "SCALAR" else at * real)
+        return self.executor.backend.compile([call for call, _ in placed], lambda t: where[t.id])
+
+
+def _norm_calls(params: Parameters) -> list[tuple[Call, dict[int, tuple[str, int]]]]:
+    calls = []
+    for i, name in enumerate(params.owned):
+        n = math.prod(params.shapes[name])
+        s, x = Tensor(2 * i, (1,), "d"), Tensor(2 * i + 1, (n,))
+        places = {s.id: ("SCALAR", 8 * (HYPER + i)), x.id: ("GRAD", params.grad[name])}
+        calls.append((Call("sumsq", (s, x), (n,), ()), places))
+    return calls
+
+
+def _update_calls(params: Parameters, weight_decay: float) -> list[tuple[Call, dict[int, tuple[str, int]]]]:
+    calls = []
+    groups = [(s, e, weight_decay) for s, e, _ in params.stage.values()]
+    groups += [(e, t, 0.0) for _, e, t in params.stage.values()]
+    for i, (start, end, decay) in enumerate(group for group in groups if group[1] > group[0]):
+        n, first = end - start, 5 * i
+        buffers = (*(Tensor(first + j, (n,)) for j in range(4)), Tensor(first + 4, (HYPER,), "d"))
+        regions = ("PARAM", "GRAD", "MOMENT1", "MOMENT2")
+        places = {first + j: (region, start) for j, region in enumerate(regions)} | {first + 4: ("SCALAR", 0)}
+        calls.append((Call("adamw_step", buffers, (n,), (decay,)), places))
+    return calls

@@ -1,0 +1,87 @@
+"""Gradient sums between ranks, in an order that is ours: over replicas, and between the two copies of a tied embedding.
+
+MPI may add in any order; here each replica's share of a bucket is gathered and added by our own kernel in replica order
+0, 1, …, so the sum is the same bits on every run and under every MPI. Between tied copies there are two terms only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from hpcpipe.backends.null import Call, Tensor
+from hpcpipe.comm.link import Link
+from hpcpipe.runtime.arena import BUCKET, INDEX, Parameters
+from hpcpipe.runtime.executor import Executor
+
+
+def buckets(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
+    """(offset, elements) of consecutive buckets of at most ``size`` elements."""
+    for at in range(start, end, size):
+        yield at, min(size, end - at)
+
+
+def scratch_elements(params: Parameters, replicas: int) -> int:
+    """Elements of SCRATCH that the exchanges of a rank need: one bucket, or less where the gradients are smaller."""
+    return min(BUCKET, params.grad_size) if replicas > 1 or params.tied else 0
+
+
+class Reducer:
+    """Sums gradients in place. ``replicas`` joins the ranks that hold the same stages, or is None when there is one."""
+
+    def __init__(self, executor: Executor, params: Parameters, replicas: Link | None) -> None:
+        self.executor, self.params, self.replicas = executor, params, replicas
+        self._bases = executor.bases()
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def stage(self, index: int) -> None:
+        """Sums one stage's gradients over the replicas."""
+        if self.replicas is not None:
+            start, _, end = self.params.stage[index]
+            self._over_replicas(start, end)
+
+    def tied_copies(self) -> None:
+        """Sums, over the replicas, the gradients of copies that live on their owner's rank, behind the stages' own."""
+        if self.replicas is not None and self.params.grad_size > self.params.size:
+            self._over_replicas(self.params.size, self.params.grad_size)
+
+    def tie(self, copy: str, peer: int) -> None:
+        """Adds the other copy's gradient to ours; ``peer`` is its rank, our own rank where both copies are here."""
+        owner = self.params.tied.get(copy)
+        name = owner if owner in self.params.grad else copy
+        size = math.prod(self.params.shapes[name])
+        if peer == self.executor.link.rank:
+            self._accumulate(("GRAD", self.params.grad[name]), ("GRAD", self.params.grad[copy]), size)
+            self._view("GRAD", self.params.grad[copy], size).fill(0)
+            return
+        start = self.params.grad[name]
+        for at, n in buckets(start, start + size, BUCKET):
+            self.executor.link.sendrecv(self._view("GRAD", at, n), self._view("SCRATCH", 0, n), peer)
+            self._accumulate(("GRAD", at), ("SCRATCH", 0), n)
+
+    def _over_replicas(self, start: int, end: int) -> None:
+        """Everybody sends each replica its share of a bucket, adds up its own, and the sums go back to all."""
+        link = self.replicas
+        assert link is not None
+        unit = 16 * link.size  # a stage's share of the flat buffer is a multiple of this
+        for at, n in buckets(start, end, max(BUCKET // unit, 1) * unit):
+            share = n // link.size
+            gradients = self._view("GRAD", at, n)
+            link.alltoall(gradients, self._view("SCRATCH", 0, n))
+            self._accumulate(("SCRATCH", 0), ("SCRATCH", share), share, link.size - 1)
+            link.allgather(self._view("SCRATCH", 0, share), gradients)
+
+    def _accumulate(self, into: tuple[str, int], source: tuple[str, int], n: int, terms: int = 1) -> None:
+        """into += source[0:n], then += source[n:2n], … ``terms`` times, in this order; offsets in elements."""
+        key = (into, source, n, terms)
+        backend, real = self.executor.backend, self.executor.backend.real
+        if key not in self._compiled:
+            where = {0: (INDEX[into[0]], real * into[1])}
+            where |= {i: (INDEX[source[0]], real * (source[1] + n * (i - 1))) for i in range(1, terms + 1)}
+            calls = [Call("accumulate", (Tensor(0, (n,)), Tensor(i, (n,))), (n,), ()) for i in range(1, terms + 1)]
+            self._compiled[key] = backend.compile(calls, lambda t: where[t.id])
+        backend.run(self._compiled[key], self.executor.arena, self._bases, self.executor.memory.work)
+
+    def _view(self, region: str, at: int, n: int) -> Any:
+        return self.executor.array(region, self.executor.backend.real * at, (n,))

@@ -1,0 +1,57 @@
+/* activation.c: what happens to each element alone.
+ *
+ * n tokens, c channels, f feed-forward width.
+ *   gelu:    y = x sigmoid(2a (x + b x^3)), the tanh form;           dx = dy times its slope
+ *   swiglu:  x = [gate | up]:  y = gate s up, s = sigmoid(gate);     dgate = dy up s (1 + gate (1 - s)), dup = dy gate s
+ *   add:     y = a + b
+ *   dropout: y = x keep / (1 - p), keep from a counter-based hash;   on == 0 copies
+ * All write. Moves 8 n c bytes (gelu_fwd, dropout), 12 n c (gelu_dx, add), 12 n f (swiglu_fwd), 20 n f (swiglu_dx).
+ * The trick: exp is a polynomial in plain arithmetic (formula.h), so the compiler turns these loops into vector code and
+ * memory is the limit.
+ */
+#include "team.h"
+
+void hp_gelu_fwd(float *y, const float *x, int64_t n, int64_t c) {
+  HP_EACH_ELEMENT(n * c, y[e] = hp_gelu(x[e]););
+}
+
+void hp_gelu_dx(float *dx, const float *dy, const float *x, int64_t n, int64_t c) {
+  HP_EACH_ELEMENT(n * c, dx[e] = dy[e] * hp_gelu_slope(x[e]););
+}
+
+void hp_swiglu_fwd(float *y, const float *x, int64_t n, int64_t f) {
+#pragma omp parallel for schedule(static) if (n * f > HP_GRAIN)
+  for (int64_t i = 0; i < n; i++) {
+    const float *restrict gate = x + i * 2 * f, *restrict up = gate + f;
+    float *restrict to = y + i * f;
+    for (int64_t j = 0; j < f; j++) to[j] = gate[j] * hp_sigmoid(gate[j]) * up[j];
+  }
+}
+
+void hp_swiglu_dx(float *dx, const float *dy, const float *x, int64_t n, int64_t f) {
+#pragma omp parallel for schedule(static) if (n * f > HP_GRAIN)
+  for (int64_t i = 0; i < n; i++) {
+    const float *restrict gate = x + i * 2 * f, *restrict up = gate + f, *restrict from = dy + i * f;
+    float *restrict dgate = dx + i * 2 * f, *restrict dup = dgate + f;
+    for (int64_t j = 0; j < f; j++) {
+      const float s = hp_sigmoid(gate[j]);
+      dgate[j] = from[j] * up[j] * hp_silu_slope(gate[j], s);
+      dup[j] = from[j] * gate[j] * s;
+    }
+  }
+}
+
+void hp_add_fwd(float *y, const float *a, const float *b, int64_t n, int64_t c) {
+  HP_EACH_ELEMENT(n * c, y[e] = a[e] + b[e];);
+}
+
+void hp_dropout_fwd(float *y, const float *x, const int64_t *key, int64_t n, int64_t c, int64_t salt, float p) {
+  const int64_t on = key[3];
+  const uint64_t state = hp_dropout_state(key, salt);
+  const uint32_t line = (uint32_t)((double)p * 4294967296.0);
+  const float scale = 1.0f / (1.0f - p);
+  HP_EACH_ELEMENT(n * c, {
+    const float kept = hp_dropout_bits(state, e) >= line ? x[e] * scale : 0.0f;
+    y[e] = on ? kept : x[e];
+  });
+}

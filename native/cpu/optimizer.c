@@ -1,0 +1,36 @@
+/* optimizer.c: what happens to n parameters or gradients at the end of a step.
+ *
+ *   accumulate: acc += x                                                                        12 n bytes
+ *   sumsq:      s = sum of x^2 in float64                                                         4 n bytes
+ *   adamw_step: g' = scale g;  m = b1 m + (1-b1) g';  v = b2 v + (1-b2) g'^2;
+ *               p -= lr (m / (1-b1^step) / (sqrt(v / (1-b2^step)) + eps) + decay p);  g = 0      32 n bytes
+ * accumulate adds, sumsq writes, adamw_step updates p, m, v and clears g behind itself.
+ * The trick: sumsq adds blocks whose number and size depend on n alone, and then the blocks in order.
+ */
+#include "team.h"
+
+#define HP_BLOCKS 256
+
+void hp_accumulate(float *acc, const float *x, int64_t n) {
+  HP_EACH_ELEMENT(n, acc[e] += x[e];);
+}
+
+void hp_sumsq(double *s, const float *x, int64_t n) {
+  double sums[HP_BLOCKS], total = 0;
+  const int64_t size = HP_MAX(HP_PIECE, ((n + HP_BLOCKS - 1) / HP_BLOCKS + 63) / 64 * 64), blocks = (n + size - 1) / size;
+#pragma omp parallel for schedule(static) if (n > HP_GRAIN)
+  for (int64_t i = 0; i < blocks; i++) {
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t e = i * size; e < HP_MIN(n, (i + 1) * size); e++) sum += (double)x[e] * (double)x[e];
+    sums[i] = sum;
+  }
+  for (int64_t i = 0; i < blocks; i++) total += sums[i];
+  *s = total;
+}
+
+void hp_adamw_step(float *p, float *g, float *m, float *v, const double *hyper, int64_t n, float decay) {
+  const hp_adamw a = {(float)hyper[0], (float)hyper[1], (float)hyper[2], (float)(1.0 - hyper[1]), (float)(1.0 - hyper[2]),
+      (float)hyper[3], (float)(1.0 / hyper[4]), (float)(1.0 / hyper[5]), (float)hyper[6], decay};
+  HP_EACH_ELEMENT(n, hp_adamw_element(&a, p + e, g + e, m + e, v + e););
+}

@@ -1,0 +1,90 @@
+/* run.c: the team of threads, the walk over a recording, and the peak that shares of a machine are measured against.
+ *
+ * A team belongs to the thread that called hp_init: several ranks may live in one process, each in a thread of its own.
+ * Every thread of a team flushes subnormal numbers to zero, on input and output: late in training they appear in moments and
+ * softmax tails and cost a hundred cycles each. The caller's own mode is given back to it after each hp_run.
+ * No allocation happens after hp_init: BLAS maps one buffer per thread on first use, so hp_init makes each thread use it once.
+ */
+#include <stdlib.h>
+#include "team.h"
+#if defined(__x86_64__) || defined(__i386__)
+#include <xmmintrin.h>
+#endif
+
+static _Thread_local int team = 0;
+
+static uint64_t flush_to_zero(void) {
+#if defined(__x86_64__) || defined(__i386__)
+  const unsigned before = _mm_getcsr();
+  _mm_setcsr(before | 0x8040u); /* FTZ and DAZ of MXCSR */
+  return before;
+#elif defined(__aarch64__)
+  uint64_t before;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(before));
+  __asm__ volatile("msr fpcr, %0" : : "r"(before | (UINT64_C(1) << 24))); /* FZ of FPCR */
+  return before;
+#else
+  return 0;
+#endif
+}
+
+static void restore(uint64_t before) {
+#if defined(__x86_64__) || defined(__i386__)
+  _mm_setcsr((unsigned)before);
+#elif defined(__aarch64__)
+  __asm__ volatile("msr fpcr, %0" : : "r"(before));
+#else
+  (void)before;
+#endif
+}
+
+void hp_init(int threads) {
+  const uint64_t before = flush_to_zero();
+  team = HP_MAX(1, threads);
+  omp_set_dynamic(0);
+  omp_set_num_threads(team);
+  scipy_openblas_set_num_threads(1);
+#pragma omp parallel num_threads(team)
+  {
+    float a[64] = {0}, c[64] = {0};
+    flush_to_zero();
+    hp_sgemm(CblasNoTrans, CblasNoTrans, 8, 8, 8, 1, a, 8, a, 8, 0, c, 8);
+  }
+  restore(before);
+}
+
+int hp_threads(void) { return team; }
+
+void hp_run(const hp_call *calls, int64_t n, char *arena, const int64_t *bases, int64_t work) {
+  const uint64_t before = flush_to_zero();
+  void *shared = work < 0 ? NULL : arena + work;
+  for (int64_t i = 0; i < n; i++) hp_dispatch(&calls[i], arena, bases, shared);
+  restore(before);
+}
+
+/* Products of 512 x 512, one after the other in every thread at once, for about `seconds`. The only place that allocates. */
+double hp_matmul_peak(double seconds) {
+  enum { SIDE = 512 };
+  const size_t size = (size_t)SIDE * SIDE;
+  const uint64_t before = flush_to_zero();
+  int64_t products = 0;
+  double elapsed = 0;
+#pragma omp parallel num_threads(HP_MAX(1, team)) reduction(+ : products) reduction(max : elapsed)
+  {
+    float *a = aligned_alloc(64, 3 * size * sizeof *a);
+    if (a) {
+      for (size_t e = 0; e < 3 * size; e++) a[e] = 1.0f / (float)(1 + e % 7);
+      hp_sgemm(CblasNoTrans, CblasTrans, SIDE, SIDE, SIDE, 1, a, SIDE, a + size, SIDE, 0, a + 2 * size, SIDE);
+#pragma omp barrier
+      const double start = omp_get_wtime();
+      do {
+        hp_sgemm(CblasNoTrans, CblasTrans, SIDE, SIDE, SIDE, 1, a, SIDE, a + size, SIDE, 0, a + 2 * size, SIDE);
+        products++;
+        elapsed = omp_get_wtime() - start;
+      } while (elapsed < seconds);
+    }
+    free(a);
+  }
+  restore(before);
+  return elapsed > 0 ? 2.0 * SIDE * SIDE * SIDE * (double)products / elapsed : 0;
+}

@@ -1,0 +1,71 @@
+/* team.h: what the kernel families of this folder share: when to share work, how columns are summed, and BLAS.
+ *
+ * One rule holds for all: how work is cut never decides in which order numbers are added, so a result has the same bits
+ * for any number of threads.
+ */
+#ifndef HPCPIPE_TEAM_H
+#define HPCPIPE_TEAM_H
+#include <cblas.h>
+#include <omp.h>
+#include "formula.h"
+#include "hpcpipe.h"
+
+/* Loops over fewer elements than this run in the calling thread: waking a team costs about a microsecond. */
+#define HP_GRAIN 8192
+/* Elementwise loops are shared in pieces of this many elements. */
+#define HP_PIECE 2048
+#define HP_MIN(a, b) ((a) < (b) ? (a) : (b))
+#define HP_MAX(a, b) ((a) > (b) ? (a) : (b))
+
+/* A loop over elements e, shared in fixed pieces: where a piece ends, and so which elements the vector loop leaves to its
+ * scalar tail, is the same for any number of threads. */
+#define HP_EACH_ELEMENT(size_, body)                                                  \
+  do {                                                                                \
+    const int64_t end_ = (size_);                                                     \
+    _Pragma("omp parallel for schedule(static) if (end_ > HP_GRAIN)")                 \
+    for (int64_t e0_ = 0; e0_ < end_; e0_ += HP_PIECE) {                              \
+      const int64_t e1_ = HP_MIN(end_, e0_ + HP_PIECE);                               \
+      _Pragma("omp simd")                                                             \
+      for (int64_t e = e0_; e < e1_; e++) { body }                                    \
+    }                                                                                 \
+  } while (0)
+
+/* c[m,n] = alpha op(a) op(b) + beta c, row-major with row strides. */
+static inline void hp_sgemm(enum CBLAS_TRANSPOSE ta, enum CBLAS_TRANSPOSE tb, int64_t m, int64_t n, int64_t k,
+    float alpha, const float *a, int64_t lda, const float *b, int64_t ldb, float beta, float *c, int64_t ldc) {
+  scipy_cblas_sgemm(CblasRowMajor, ta, tb, (blasint)m, (blasint)n, (blasint)k, alpha, a, (blasint)lda, b, (blasint)ldb,
+      beta, c, (blasint)ldc);
+}
+
+/* Sums over rows: columns go in chunks of HP_LANES whose sums stay in registers, rows in blocks of HP_ROWS whose sums are
+ * then added to the result. A column's additions have one order, wherever its chunk is computed. */
+#define HP_LANES 32
+#define HP_ROWS 64
+static inline int64_t hp_column_slab(int64_t c) {
+  const int64_t share = (c + omp_get_max_threads() - 1) / omp_get_max_threads();
+  return (share + HP_LANES - 1) / HP_LANES * HP_LANES;
+}
+
+/* dst[j] += sum over i of `term`, for columns [j0, j1) of rows [i0, i1); `term` is an expression in i and j. */
+#define HP_COLUMN_SUM(dst, i0, i1, j0, j1, term)                                      \
+  do {                                                                                \
+    for (int64_t first_ = (j0); first_ < (j1); first_ += HP_LANES) {                  \
+      float sum_[HP_LANES] = {0};                                                     \
+      if ((j1) - first_ >= HP_LANES) {                                                \
+        for (int64_t i = (i0); i < (i1); i++)                                         \
+          for (int64_t l_ = 0; l_ < HP_LANES; l_++) {                                 \
+            const int64_t j = first_ + l_;                                            \
+            sum_[l_] += (term);                                                       \
+          }                                                                           \
+      } else {                                                                        \
+        for (int64_t i = (i0); i < (i1); i++)                                         \
+          for (int64_t l_ = 0; l_ < (j1) - first_; l_++) {                            \
+            const int64_t j = first_ + l_;                                            \
+            sum_[l_] += (term);                                                       \
+          }                                                                           \
+      }                                                                               \
+      for (int64_t l_ = 0; l_ < HP_MIN(HP_LANES, (j1) - first_); l_++) (dst)[first_ + l_] += sum_[l_]; \
+    }                                                                                 \
+  } while (0)
+
+#endif

@@ -1,0 +1,123 @@
+/* formula.h: the scalar formulas, one home for C and (with HP_FN redefined for the device) CUDA.
+ *
+ * Each is straight-line code without calls, tables or branches, so that a loop over it becomes vector code on any machine.
+ * A NaN goes in, a NaN comes out: a run that has diverged must show it.
+ */
+#ifndef HPCPIPE_FORMULA_H
+#define HPCPIPE_FORMULA_H
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifndef HP_FN
+#ifdef __CUDACC__
+#define HP_FN static __device__ __forceinline__
+#else
+#define HP_FN static inline
+#endif
+#endif
+
+HP_FN float hp_float_of(int32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+HP_FN int32_t hp_bits_of(float value) {
+  int32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+/* exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2, the polynomial of Cephes' expf; within 2 ulp.
+ * Below -87.33 it is 0 (the result would be subnormal), above 88.37 it stays at 2.4e38. */
+HP_FN float hp_exp(float x) {
+  const float high = 88.3762626647949f, low = -87.3365447505531f;
+  const float round = 12582912.0f; /* 1.5 * 2^23: adding it leaves the rounded integer in the low bits of the mantissa */
+  float a = x > high ? high : x;
+  a = a < low ? low : a;
+  const float z = a * 1.44269504088896341f + round;
+  const float n = z - round;
+  float r = a - n * 0.693359375f; /* ln 2 in two parts: the first product is exact */
+  r = r - n * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const uint32_t scale = ((uint32_t)hp_bits_of(z) << 23) + (127u << 23);
+  p = p * hp_float_of((int32_t)scale);
+  return x < low ? 0.0f : p;
+}
+
+HP_FN float hp_sigmoid(float x) { return 1.0f / (1.0f + hp_exp(-x)); }
+
+/* GELU in its tanh form, written with (1 + tanh(u)) / 2 = sigmoid(2u):  y = x sigmoid(2 a (x + b x^3)), a = sqrt(2/pi) */
+#define HP_GELU_2A 1.5957691216057308f
+#define HP_GELU_B 0.044715f
+HP_FN float hp_gelu(float x) { return x * hp_sigmoid(HP_GELU_2A * (x + HP_GELU_B * x * x * x)); }
+
+/* dy/dx = s + x s (1 - s) 2a (1 + 3 b x^2) */
+HP_FN float hp_gelu_slope(float x) {
+  const float s = hp_sigmoid(HP_GELU_2A * (x + HP_GELU_B * x * x * x));
+  return s + x * s * (1.0f - s) * HP_GELU_2A * (1.0f + 3.0f * HP_GELU_B * x * x);
+}
+
+/* silu(x) = x s;  its slope = s (1 + x (1 - s)),  s = sigmoid(x) */
+HP_FN float hp_silu_slope(float x, float s) { return s * (1.0f + x * (1.0f - s)); }
+
+/* sin and cos of an angle in double (position times frequency loses digits in float): reduce by multiples of pi/2 in
+ * double, then the polynomials of Cephes' sinf and cosf on [-pi/4, pi/4]; within 2 ulp for |angle| < 1e6. */
+HP_FN void hp_sincos(double angle, float *sine, float *cosine) {
+  const double round = 6755399441055744.0; /* 1.5 * 2^52 */
+  const double n = (angle * 0.63661977236758134308 + round) - round;
+  double reduced = angle - n * 1.57079632679489655800;
+  reduced = reduced - n * 6.12323399573676603587e-17;
+  const float r = (float)reduced, r2 = r * r;
+  const int32_t quadrant = (int32_t)n;
+  float s = -1.9515295891e-4f;
+  s = s * r2 + 8.3321608736e-3f;
+  s = s * r2 - 1.6666654611e-1f;
+  s = s * (r2 * r) + r;
+  float c = 2.443315711809948e-5f;
+  c = c * r2 - 1.388731625493765e-3f;
+  c = c * r2 + 4.166664568298827e-2f;
+  c = c * (r2 * r2) - 0.5f * r2 + 1.0f;
+  const float a = (quadrant & 1) ? c : s, b = (quadrant & 1) ? s : c;
+  *sine = (quadrant & 2) ? -a : a;
+  *cosine = ((quadrant + 1) & 2) ? -b : b;
+}
+
+/* The finaliser of splitmix64 (Steele, Lea, Flood 2014). */
+#define HP_GOLDEN 0x9E3779B97F4A7C15ull
+HP_FN uint64_t hp_mix(uint64_t z) {
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+  return z ^ (z >> 31);
+}
+
+/* Dropout draws 32 bits for element e from a state made of (seed, step, sample, salt): no generator has a memory. */
+HP_FN uint64_t hp_dropout_state(const int64_t *key, int64_t salt) {
+  uint64_t state = HP_GOLDEN;
+  for (int i = 0; i < 3; i++) state = hp_mix((state ^ (uint64_t)key[i]) + HP_GOLDEN);
+  return hp_mix((state ^ (uint64_t)salt) + HP_GOLDEN);
+}
+HP_FN uint32_t hp_dropout_bits(uint64_t state, int64_t element) {
+  return (uint32_t)(hp_mix(state + ((uint64_t)element + 1) * HP_GOLDEN) >> 32);
+}
+
+/* AdamW (Loshchilov & Hutter 2019, algorithm 2) on one element; the bias corrections come as reciprocals. */
+typedef struct { float lr, beta1, beta2, rest1, rest2, eps, inverse1, inverse2, scale, decay; } hp_adamw;
+HP_FN void hp_adamw_element(const hp_adamw *a, float *p, float *g, float *m, float *v) {
+  const float scaled = a->scale * *g;
+  const float m1 = a->beta1 * *m + a->rest1 * scaled;
+  const float v1 = a->beta2 * *v + a->rest2 * scaled * scaled;
+  *p = *p - a->lr * (m1 * a->inverse1 / (sqrtf(v1 * a->inverse2) + a->eps) + a->decay * *p);
+  *m = m1;
+  *v = v1;
+  *g = 0.0f;
+}
+
+#endif
