@@ -305,14 +305,20 @@ def _check_sample(path: Path, tokens: NDArray[Any], vocab: int, blocks: int = 64
 
 def open_tokenizer(path: str | os.PathLike[str]) -> Any:
     """The ``tokenizers.Tokenizer`` in a tokenizer.json."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise UserError("data: the package `tokenizers` is missing; install it with `pip install tokenizers`") from None
+    tokenizers = require_tokenizers()
     if not Path(path).is_file():
         raise UserError(f"data: there is no tokenizer {os.fspath(path)}; give the path of a tokenizer.json")
     try:
-        return Tokenizer.from_file(os.fspath(path))
+        return tokenizers.Tokenizer.from_file(os.fspath(path))
     except Exception as error:  # the library raises bare Exception for whatever it cannot read
         raise UserError(f"data: {os.fspath(path)} is not a tokenizer ({error})") from None
+
+
+def require_tokenizers() -> Any:
+    """The module ``tokenizers``, imported only where text is read or written."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        import tokenizers
+    except ImportError:
+        raise UserError("data: the package `tokenizers` is missing; install it with `pip install tokenizers`") from None
+    return tokenizers

@@ -20,9 +20,10 @@ import numpy as np
 from hpcpipe import model
 from hpcpipe.backends.backend import open_backend
 from hpcpipe.checkpoint import read, write
+from hpcpipe.checkpoint.layout import KINDS
 from hpcpipe.comm.link import Link
 from hpcpipe.config import Config, UserError, digest, grid, loads, results_digest, to_toml
-from hpcpipe.data import open_dataset
+from hpcpipe.data import Dataset
 from hpcpipe.placement import cores
 from hpcpipe.planner.plan import Plan, plan, resolve
 from hpcpipe.progress import Progress, clock
@@ -32,7 +33,7 @@ from hpcpipe.runtime.reduce import Reducer
 from hpcpipe.schedule.timeline import Timeline, draw
 
 TAGS_OF_EVALUATION = 1 << 12
-KINDS = ("parameter", "moment1", "moment2")  # of tensor in a checkpoint
+
 
 
 class Step(NamedTuple):
@@ -124,7 +125,7 @@ class Job:
     def _prepare(self, config: Config, threads: int) -> None:
         def work() -> None:
             grid(config.pipeline, self.link.size)
-            self.data = open_dataset(config.data.path)
+            self.data = Dataset.open(config.data.path)
             self.config = resolve(config, self.data.vocab)
             self.backend = open_backend(config.device.backend, threads)
             self.plan: Plan = plan(self.config, self.link.size, threads, self.backend.real)

@@ -113,8 +113,8 @@ def touched(recording: Recording, name: str) -> set[int]:
 def check_gradients(rig: Rig, scale: float = 1.0, probes: int = 12, tolerance: float = 2e-8) -> None:
     """Central differences of ``scale`` x objective against dx and every parameter gradient, float64.
 
-    For each tensor: one random direction over all elements, and ``probes`` single elements. At this step the
-    difference, step² f/6 times a third derivative, and its rounding, 1e-16 f/step, are both near 1e-10 at this step.
+    For each tensor: one random direction over all elements, and ``probes`` single elements. At this step the truncation
+    of the difference (step² and a third derivative) and its rounding (1e-16 f/step) are both near 1e-10.
     """
     rig.clear().run("F", "B", "W")
     r, step = rig.recording, 1e-5

@@ -84,7 +84,7 @@ def _row(
 # Letters: n tokens of a microbatch (b sequences of t), c channels in, o channels out, f feed-forward width, v vocabulary,
 # s learned positions, h query heads, k key/value heads, d head width. Matrices are row-major, weights are [out, in].
 # attention: the causal half is counted once; flops are what the mathematics needs, not what a blocked kernel pads.
-_ATTENTION_WORK = "4*(3*64*t+4*t*d+4*64*d+256)"
+_ATTENTION_WORK = "4*2*64*(t+32)"  # two blocks of 64 rows of scores, see attention.c
 TABLE: tuple[Kernel, ...] = (
     # y = x wᵀ + b;  dx = dy w;  dw += dyᵀ x, db += Σ dy
     _row("linear_fwd", "y[n,o]", "x[n,c] w[o,c] b?[o]", "n o c", "2*n*o*c"),

@@ -316,6 +316,7 @@ class Step(NamedTuple):
 class ReferenceBackend:
     """Runs recordings with the functions above on host memory. ``dtype`` is the real type: float32 or float64."""
 
+    name = "reference"
     threads = 1
 
     def __init__(self, dtype: str = "float32") -> None:
@@ -349,7 +350,7 @@ class ReferenceBackend:
             for c in calls
         )
 
-    def run(self, handle: tuple[Step, ...], memory: Array, bases: Array, work_offset: int = -1) -> None:
+    def run(self, handle: tuple[Step, ...], memory: Array, bases: Array, work: int = -1) -> None:
         """Executes a compiled pass; a buffer lies at ``bases[region] + offset``. Needs no work space."""
         for step in handle:
             views = [

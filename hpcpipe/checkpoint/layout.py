@@ -1,8 +1,8 @@
 """Where every element of every tensor lies: name -> global shape, dtype, [(shard, slice)].
 
-Pure: integers and tuples, no files, no arrays, no ranks. Each shard is described by a JSON-able ``ShardRecord``; out of
-all records comes one ``Layout``, which is checked (every element exactly once) before a checkpoint may exist, and through
-which any region of any tensor is found again, however it was divided when it was saved.
+Pure: integers and tuples, no files, no arrays, no ranks. Each shard is described by a JSON-able ``ShardRecord``. Out
+of all records comes one ``Layout``, which is checked (every element exactly once) before a checkpoint may exist, and
+through which any region of any tensor is found again, however it was divided when it was saved.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ Layout = Mapping[Key, Tensor]
 
 
 def path(kind: str, name: str) -> str:
-    """HDF5 path of a tensor: the dots of the name become groups. Raises UserError for a kind or name nobody could find again."""
+    """HDF5 path of a tensor: the dots of the name become groups. UserError for a kind or name nobody could find."""
     if kind not in KINDS:
         raise UserError(f"checkpoint: {kind!r} of {name!r} is not one of {', '.join(KINDS)}")
     if not NAME.fullmatch(name):
@@ -77,7 +77,7 @@ def path(kind: str, name: str) -> str:
 
 
 def collect(shards: Sequence[Iterable[Entry]]) -> dict[Key, Tensor]:
-    """Join the entries of all shards (shard number = position) by name; UserError where two disagree on shape or dtype."""
+    """Join the entries of all shards (shard number = position) by name; UserError where shapes or dtypes disagree."""
     found: dict[Key, Tensor] = {}
     for shard, entries in enumerate(shards):
         for e in entries:
@@ -95,12 +95,12 @@ def collect(shards: Sequence[Iterable[Entry]]) -> dict[Key, Tensor]:
 
 def problems(layout: Layout) -> list[str]:
     """Every element of every tensor must be stored exactly once; one sentence per tensor for which this is not so."""
-    found = (_problem(key, tensor) for key, tensor in layout.items())
+    found = [_problem(key, tensor) or _clash(key, layout) for key, tensor in layout.items()]
     return [sentence for sentence in found if sentence]
 
 
 def region(shape: Index, slices: Sequence[slice] | None) -> tuple[Index, Index]:
-    """(start, extent) of ``slices`` (fewer than dimensions: the rest is whole). Raises ValueError for steps other than 1."""
+    """(start, extent) of ``slices`` (fewer than dimensions: the rest is whole). ValueError for steps other than 1."""
     slices = tuple(slices or ())
     if len(slices) > len(shape):
         raise ValueError(f"{len(slices)} slices for a tensor of {len(shape)} dimensions")
@@ -144,7 +144,7 @@ def _positions(extent: Index) -> Iterator[Index]:
 
 
 def _problem(key: Key, tensor: Tensor) -> str:
-    """The sentence for one tensor, empty when it is whole: boxes inside, disjoint, and as many elements as there are."""
+    """The sentence for one tensor, empty when it is whole: boxes inside, disjoint, as many elements as there are."""
     if not tensor.shape or min(tensor.shape) < 1:
         return f"{_title(key)} has the shape {list(tensor.shape)}: at least one dimension and one element are needed"
     for part in tensor.parts:
@@ -159,6 +159,15 @@ def _problem(key: Key, tensor: Tensor) -> str:
                 return f"{_title(key)}: {_box(part)} of shard {part.shard} and {_box(other)} of {other.shard} overlap"
     there, wanted = sum(math.prod(p.extent) for p in parts), math.prod(tensor.shape)
     return "" if there == wanted else f"{_title(key)}: {wanted - there} of its {wanted} elements are in no shard"
+
+
+def _clash(key: Key, layout: Layout) -> str:
+    """An HDF5 path is a group or a dataset: a tensor cannot have its name inside another's."""
+    parts = key[1].split(".")
+    above = (".".join(parts[:n]) for n in range(1, len(parts)))
+    return next(
+        (f"{_title(key)} lies inside the tensor {name}; rename one" for name in above if (key[0], name) in layout), ""
+    )
 
 
 def _inside(part: Part, shape: Index) -> bool:

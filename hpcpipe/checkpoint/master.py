@@ -31,14 +31,15 @@ LIBVER = ("v108", "v110")  # every HDF5 since 1.10 reads it
 
 Value = str | int | float
 
-ABOUT = """One training state. /parameters, /moment1 and /moment2 hold whole tensors by name (layer.0.mlp.up.weight is
-/parameters/layer/0/mlp/up/weight), as virtual datasets over the shard_*.h5 files in this folder: keep them together. Where a
-shard is missing HDF5 reads NaN. Arrays are row-major, little-endian; a linear layer computes x @ weight.T, so its weight is
-[outputs, inputs]. moment1 and moment2 are AdamW's running means of the gradient and of its square, before bias correction.
-Attributes: step = optimizer steps done; tokens = training tokens seen; loss = training loss of that step, nats per token;
-config = the run's TOML text; schedule = the order of the pipeline's operations; plan = digest of the plan;
-version.* = software that wrote this; created = UTC. /table/shards lists each file with its size and digest, /table/blocks
-the CRC-32 of each MiB of them in turn, /table/pieces which box of which tensor lies at which byte of which file."""
+ABOUT = """One training state. /parameters, /moment1 and /moment2 hold whole tensors by name: layer.0.mlp.up.weight is
+/parameters/layer/0/mlp/up/weight. They are virtual datasets over the shard_*.h5 files in this folder: keep them
+together; where a shard is missing, HDF5 reads NaN. Arrays are row-major and little-endian; a linear layer computes
+x @ weight.T, so its weight is [outputs, inputs]. moment1 and moment2 are AdamW's running means of the gradient and its
+square, before bias correction. Attributes: step = optimizer steps done; tokens = training tokens seen; loss = training
+loss of that step, nats per token; config = the run's TOML text; schedule = the order of the pipeline's operations;
+plan = digest of the plan; version.* = software that wrote this; created = UTC. /table/shards lists each file with its
+size and digest, /table/blocks the CRC-32 of each MiB of them in turn, /table/pieces which box of which tensor lies at
+which byte of which file."""
 GROUPS = {
     "parameters": "trained weights",
     "moment1": "AdamW: running mean of the gradient (beta1)",

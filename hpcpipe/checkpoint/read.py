@@ -1,7 +1,7 @@
 """Finds, proves and reads checkpoints: by name and global slice, so that any layout loads any other.
 
-Values are read straight from the shards at the offsets the master notes, each byte once; neither virtual datasets (which
-give fill values for missing files) nor the HDF5 headers of the shards (which may be damaged) are trusted for that.
+Values are read straight from the shards at the offsets the master notes, each byte once; neither virtual datasets
+(which give fill values for missing files) nor the HDF5 headers of the shards (which may be damaged) are trusted for it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from hpcpipe.checkpoint import layout, master, shard
-from hpcpipe.checkpoint.layout import Part, Tensor
+from hpcpipe.checkpoint.layout import Index, Part, Tensor
 from hpcpipe.checkpoint.master import Shard, Value
 from hpcpipe.config import UserError
 
@@ -37,13 +37,16 @@ def complete(out: Path | str) -> list[Path]:
     return [f for f in step_folders(out) if (f / master.FILE).is_file()]
 
 
-def newest_good(out: Path | str) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint of a run folder in which every byte is right, and a sentence for each that was passed over."""
-    warnings = []
-    for folder in reversed(complete(out)):
+def newest_good(out: Path | str, deep: bool = True) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint of a run folder that verifies, and a sentence for each newer one that was passed over."""
+    warnings: list[str] = []
+    for folder in reversed(step_folders(out)):
+        if not (folder / master.FILE).is_file():
+            warnings.append(f"checkpoint: {folder.name} is passed over: it was never finished (no {master.FILE})")
+            continue
         try:
             found = Checkpoint.open(folder)
-            wrong = found.verify()
+            wrong = found.verify(deep=deep)
         except UserError as error:
             wrong = [str(error)]
         if not wrong:
@@ -85,9 +88,9 @@ class Checkpoint:
         return {name: (t.shape, np.dtype(t.dtype)) for (kind, name), t in self.layout.items() if kind == "parameter"}
 
     def verify(self, shards: Sequence[int] | None = None, deep: bool = True) -> list[str]:
-        """Problems, a sentence each, of these shards (default all; ranks can share the work); empty = every byte is right.
+        """Problems, a sentence each, of these shards (default all; ranks can share the work); none = all is right.
 
-        Without ``deep`` only that the files are there and have their sizes.
+        Every byte is read and summed; without ``deep`` only that the files are there and have their sizes.
         """
         numbers = range(len(self.shards)) if shards is None else shards
         return [sentence for number in numbers for sentence in self._problems(number, deep)]
@@ -119,15 +122,13 @@ class Checkpoint:
                 self._read_part(f"{kind} {name}", part, *common, out[box])
         return out
 
-    def _read_part(
-        self, title: str, part: Part, start: layout.Index, extent: layout.Index, out: np.ndarray[Any, Any]
-    ) -> None:
+    def _read_part(self, title: str, part: Part, start: Index, extent: Index, out: np.ndarray[Any, Any]) -> None:
         """Read the box ``start``, ``extent`` of one part into ``out``, stretch by stretch in file order."""
         file, crc = self.path / self.shards[part.shard].file, 0
         try:
             fd = os.open(file, os.O_RDONLY)
             try:
-                for first, position, count in layout.runs(part, start, extent):
+                for first, position, _ in layout.runs(part, start, extent):
                     view, offset = out[position], part.offset + first * out.itemsize
                     straight = view.flags.c_contiguous
                     target = view if straight else np.empty(view.shape, view.dtype)

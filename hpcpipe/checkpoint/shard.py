@@ -1,8 +1,8 @@
 """The bytes of a checkpoint file: write them, sync them, sum them, find the damaged ones.
 
-A shard is summed twice: per dataset (CRC-32 of its values, checked whenever a whole one is read) and per MiB of the file
-(CRC-32 again, which covers the HDF5 headers too and says where the damage is). CRC-32 finds every flipped bit and every
-burst up to 32 bits at memory speed; it is no defence against someone who means it.
+A shard is summed twice: per dataset (CRC-32 of its values, checked whenever a whole one is read) and per MiB of the
+file (CRC-32 again, which covers the HDF5 headers too and says where the damage is). CRC-32 finds every flipped bit and
+every burst up to 32 bits at memory speed; it is no defence against someone who means it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BLOCK = 1 << 20
 
 
 def write_at(fd: int, data: memoryview, offset: int) -> int:
-    """Write all of ``data`` (bytes) at ``offset``, a block at a time while it is in the cache, and return its CRC-32."""
+    """Write all of ``data`` (bytes) at ``offset``, block by block while each is in the cache; returns its CRC-32."""
     crc = 0
     for at in range(0, len(data), BLOCK):
         block = data[at : at + BLOCK]
@@ -56,7 +56,9 @@ def digest(blocks: Sequence[int]) -> str:
     return hashlib.blake2b(np.asarray(blocks, "<u4").tobytes(), digest_size=16).hexdigest()
 
 
-def damage(fd: int, blocks: Sequence[int], parts: Sequence[Part], itemsizes: Sequence[int]) -> tuple[list[int], list[int]]:
+def damage(
+    fd: int, blocks: Sequence[int], parts: Sequence[Part], itemsizes: Sequence[int]
+) -> tuple[list[int], list[int]]:
     """(numbers of the blocks, numbers of the parts) whose sums differ, in one pass over the file.
 
     ``parts`` are those stored in this file, ``itemsizes`` the bytes per element of each.
@@ -79,8 +81,8 @@ def damage(fd: int, blocks: Sequence[int], parts: Sequence[Part], itemsizes: Seq
 
 
 def read_run(fd: int, out: np.ndarray[Any, Any], offset: int, crc: int) -> int:
-    """Fill a C-contiguous array from ``offset`` on; returns the CRC-32 continued. Raises EOFError where the file ends early."""
-    data = memoryview(out.reshape(-1).view(np.uint8))
+    """Fill a C-contiguous array from ``offset`` on; returns the CRC-32 continued. EOFError if the file ends early."""
+    data = out.reshape(-1).view(np.uint8).data
     done = 0
     while done < len(data):
         got = os.preadv(fd, [data[done : done + BLOCK]], offset + done)

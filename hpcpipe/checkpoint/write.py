@@ -1,8 +1,8 @@
 """Saves a training state: a shard per writer, then the master whose rename is the commit.
 
 Every file is written under a name ending in .part, synced, renamed, and its folder synced. Nothing that a committed
-master refers to is ever overwritten, so whatever fails, and wherever, the previous checkpoint stays as it is. The caller
-sees to the order: all shards, their records gathered, ``commit`` once, ``prune`` last.
+master refers to is ever overwritten, so whatever fails, and wherever, the previous checkpoint stays as it is. The
+caller sees to the order: all shards, their records gathered, ``commit`` once, ``prune`` last.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,16 +49,16 @@ def step_folder(out: Path | str, step: int) -> Path:
 def write_shard(folder: Path, index: int, pieces: Iterable[Piece]) -> ShardRecord:
     """Write the pieces, one after the other as they come, as shard number ``index``; on return they are on the disk.
 
-    Writers of different numbers may write at the same time. Raises UserError when it cannot be written (disk full, ...);
-    its own half-written file is gone then, and ``discard`` removes what the others wrote.
+    Writers of different numbers may write at the same time. UserError when it cannot be written (disk full, ...): its
+    own half-written file is gone then, and ``discard``, once all writers have stopped, removes what the others wrote.
     """
-    with _saving(folder / f"shard_{index:04d}.h5") as files:
+    with _saving(folder / f"shard_{index:04d}.h5") as attempt:
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / _free_name(folder, index)
         part = folder / f"{target.name}.part"
-        files += [part, target]
-        entries, blocks, size = _write(part, index, pieces)
-        os.replace(part, target)
+        attempt.files = (part, target)
+        entries, blocks, size = _write(part, index, attempt.count(pieces))
+        part.replace(target)
         shard.sync_folder(folder)
     return ShardRecord(file=target.name, bytes=size, digest=shard.digest(blocks), blocks=blocks, entries=entries)
 
@@ -71,23 +72,26 @@ def commit(folder: Path, records: Sequence[ShardRecord], attributes: Mapping[str
     renamed = False
     part = folder / f"{master.FILE}.part"
     try:
-        with _saving(folder / master.FILE) as files:
-            files.append(part)
+        with _saving(folder / master.FILE) as attempt:
+            attempt.files = (part,)
             _check(folder, records)
-            _write_plain(part, master.to_bytes(records, attributes))
-            os.replace(part, folder / master.FILE)
+            data = master.to_bytes(records, attributes)
+            attempt.bytes = len(data)
+            _write_plain(part, data)
+            part.replace(folder / master.FILE)
             renamed = True
             shard.sync_folder(folder)
             shard.sync_folder(folder.parent)
     except BaseException:
-        if not renamed:  # after the rename the old master's shards may still be needed: the disk decides which one it has
+        # A renamed but unsynced master may be lost with the power, and the one before it would need its shards.
+        if not renamed:
             discard(folder)
         raise
     discard(folder)
 
 
 def discard(folder: Path) -> None:
-    """Remove what an unfinished save left in a folder: everything of ours that its committed master does not refer to."""
+    """Remove what an unfinished save left in a folder: all files of ours that its master does not refer to."""
     names = _names(folder)
     keep: set[str] = set()
     if master.FILE in names:
@@ -107,7 +111,7 @@ def prune(out: Path | str, keep: int, deep: bool = True) -> list[str]:
     """Keep the newest ``keep`` complete checkpoints (0 = all) and remove half-written folders older than the newest.
 
     Nothing is removed before the newest is proven complete: with ``deep`` every byte is read and summed, without it the
-    files must have their sizes (for callers that have verified it already). Returns sentences about what stands in the way.
+    files must have their sizes (for callers that have verified it already). Returns sentences on what is in the way.
     """
     found = read.complete(out)
     if not found:
@@ -135,14 +139,14 @@ def _remove(folder: Path) -> None:
 
 def _names(folder: Path) -> list[str]:
     try:
-        return os.listdir(folder)
+        return [f.name for f in folder.iterdir()]
     except OSError:
         return []
 
 
 def _free_name(folder: Path, index: int) -> str:
     """shard_0003.h5, or shard_0003.1.h5, ... beside a committed checkpoint, whose files are not to be touched."""
-    names, stem, turn = set(os.listdir(folder)), f"shard_{index:04d}", 0
+    names, stem, turn = _names(folder), f"shard_{index:04d}", 0
     name = f"{stem}.h5"
     while master.FILE in names and name in names:
         turn += 1
@@ -183,7 +187,7 @@ def _write(part: Path, index: int, pieces: Iterable[Piece]) -> tuple[list[Entry]
         os.fsync(fd)
         return entries, shard.block_sums(fd), os.fstat(fd).st_size
     except BaseException:
-        # Give the space back first: with a full disk HDF5 could not write its headers, and a file it cannot close stays open.
+        # Give the space back first: on a full disk HDF5 cannot write its headers, and what it cannot close stays open.
         with suppress(OSError):
             os.ftruncate(fd, 0)
         with suppress(OSError, RuntimeError):
@@ -198,7 +202,9 @@ def _write_piece(file: Any, fd: int, piece: Piece) -> Entry:
     array = np.ascontiguousarray(piece.array)
     array = array.astype(array.dtype.newbyteorder("<"), copy=False)
     if array.dtype.kind not in "fiu" or array.size == 0 or array.ndim != len(piece.shape):
-        raise UserError(f"checkpoint: {piece.name} of shape {list(piece.shape)} has a piece {array.shape} {array.dtype}")
+        raise UserError(
+            f"checkpoint: {piece.name} of shape {list(piece.shape)} has a piece {array.shape} {array.dtype}"
+        )
     path = layout.path(piece.kind, piece.name)
     if path in file:  # a second box of the same tensor
         path += "@" + ",".join(map(str, piece.start))
@@ -208,9 +214,12 @@ def _write_piece(file: Any, fd: int, piece: Piece) -> Entry:
     plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     link.set_create_intermediate_group(True)
     kind, space = h5py.h5t.py_create(array.dtype), h5py.h5s.create_simple(array.shape)
-    dataset = h5py.Dataset(h5py.h5d.create(file.id, path.encode(), kind, space, plan, link))
+    try:
+        dataset = h5py.Dataset(h5py.h5d.create(file.id, path.encode(), kind, space, plan, link))
+    except ValueError as error:  # a disk error, too, may come as one
+        raise RuntimeError(f"HDF5 cannot create {path}: {error}") from error
     offset = dataset.id.get_offset()
-    crc = shard.write_at(fd, memoryview(array.reshape(-1).view(np.uint8)), offset)
+    crc = shard.write_at(fd, array.reshape(-1).view(np.uint8).data, offset)
     about = {"name": piece.name, "kind": piece.kind, "shape": list(piece.shape), "start": list(piece.start)}
     for key, value in {**about, "crc32": np.uint32(crc)}.items():
         dataset.attrs[key] = value
@@ -236,32 +245,52 @@ def _write_plain(file: Path, data: bytes) -> None:
         os.close(fd)
 
 
+@dataclass
+class _Attempt:
+    """What is being written: the files to remove if it fails, the bytes it takes (as far as they are known)."""
+
+    files: tuple[Path, ...] = ()
+    bytes: int = 0
+
+    def count(self, pieces: Iterable[Piece]) -> Iterable[Piece]:
+        """The same pieces; their bytes are known at once for a list, one after the other for a generator."""
+        if isinstance(pieces, Sequence):
+            self.bytes = sum(p.array.nbytes for p in pieces)
+            return pieces
+        return self._count(pieces)
+
+    def _count(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        for piece in pieces:
+            self.bytes += piece.array.nbytes
+            yield piece
+
+
 @contextmanager
-def _saving(target: Path) -> Iterator[list[Path]]:
-    """Whatever goes wrong inside, the files put into the list are removed; errors of disk and HDF5 become a sentence."""
-    files: list[Path] = []
+def _saving(target: Path) -> Iterator[_Attempt]:
+    """Whatever goes wrong inside, the files of the attempt are removed; errors of disk and HDF5 become UserError."""
+    attempt = _Attempt()
     try:
-        yield files
+        yield attempt
     except BaseException as error:
-        written = max((f.stat().st_size for f in files if f.exists()), default=0)
-        for file in files:
+        for file in attempt.files:
             with suppress(OSError):
                 file.unlink(missing_ok=True)
-        if isinstance(error, (OSError, RuntimeError, ValueError, KeyError)):
-            raise UserError(_sentence(target, error, written)) from error
+        if isinstance(error, OSError | RuntimeError):
+            raise UserError(_sentence(target, error, attempt.bytes)) from error
         raise
 
 
-def _sentence(target: Path, error: Exception, written: int) -> str:
+def _sentence(target: Path, error: Exception, wanted: int) -> str:
     """What, where, how many bytes, what now. HDF5 puts the system's error number into its text."""
     number = getattr(error, "errno", None)
     if number is None and (found := re.search(r"errno = (\d+)", str(error))):
         number = int(found[1])
-    reason = os.strerror(number) if number else str(error).strip()
-    text = f"checkpoint: {target} cannot be saved: {reason}"
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        with suppress(OSError):
-            free = shutil.disk_usage(target.parent if target.parent.exists() else target.parent.parent).free
-            text += f" after {written} bytes, {free} bytes are free there now"
-        return f"{text}; the previous checkpoint is untouched, free some space or lower checkpoint.keep"
-    return f"{text}; the previous checkpoint is untouched"
+    text = f"checkpoint: {target} cannot be saved: {os.strerror(number) if number else str(error).strip()}"
+    if number not in (errno.ENOSPC, errno.EDQUOT):
+        return f"{text}; the previous checkpoint is untouched"
+    there = next((f for f in (target.parent, *target.parents) if f.exists()), Path())
+    free = shutil.disk_usage(there).free
+    return (
+        f"{text} (it takes at least {wanted} bytes, {free} are free in {there}); "
+        "the previous checkpoint is untouched, free some space or lower checkpoint.keep"
+    )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hpcpipe import model
 from hpcpipe.config import Config
-from hpcpipe.data import MANIFEST, open_dataset
+from hpcpipe.data import MANIFEST, Dataset
 from hpcpipe.placement.cores import allowed
 from hpcpipe.planner.plan import Plan, plan, resolve
 from hpcpipe.schedule.timeline import draw
@@ -16,7 +16,7 @@ from hpcpipe.schedule.timeline import draw
 def describe(config: Config, ranks: int = 0, width: int = 96) -> str:
     """What ``hpcpipe plan`` prints for ``ranks`` ranks (0: as many as the config names, at least one)."""
     path = config.data.path
-    vocab = open_dataset(path).vocab if path and (Path(path) / MANIFEST).exists() else 0
+    vocab = Dataset.open(path).vocab if path and (Path(path) / MANIFEST).exists() else 0
     pipeline = config.pipeline
     listed = len(pipeline.cut) if isinstance(pipeline.cut, tuple) else 0
     ranks = ranks or (pipeline.stages or listed or 1) * (pipeline.replicas or 1)

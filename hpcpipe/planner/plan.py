@@ -19,8 +19,8 @@ from hpcpipe.planner.costs import CORE, Cost, Device, price
 from hpcpipe.planner.cut import bounds
 from hpcpipe.runtime import arena
 from hpcpipe.runtime.arena import Layout, Memory, Parameters
-from hpcpipe.runtime.reduce import scratch_elements
 from hpcpipe.schedule import engine, policies, program
+from hpcpipe.schedule.check import check
 from hpcpipe.schedule.op import Schedule
 from hpcpipe.schedule.program import POOLS, Lifetimes, Program
 from hpcpipe.schedule.timeline import Timeline
@@ -165,19 +165,19 @@ def _ranks(
         layouts |= {s: arena.layout(parts[s].recording, params[rank], offsets, real) for s in mine}
     lifetimes: list[Lifetimes] = [layouts[s].lifetimes for s in range(len(parts))]
     programs = program.lower(schedule, lifetimes)
-    program.check(programs)
+    check(programs)
     evaluations: tuple[Program | None, ...] = (None,) * len(programs)
     eval_micros = config.eval.microbatches // replicas
     if config.eval.every:
         evaluations = program.lower(policies.forward_only(schedule.placement, eval_micros), lifetimes, forward_only=True)
-        program.check(evaluations)
+        check(evaluations)
     found = []
     for rank, mine in enumerate(held):
         own = {s: layouts[s] for s in mine}
         both = [p.counts for p in (programs[rank], evaluations[rank]) if p is not None]
         counts = {(s, pool): max(c.get((s, pool), 0) for c in both) for s in mine for pool in POOLS}
         micros = max(schedule.micros, eval_micros if config.eval.every else 0)
-        scratch = scratch_elements(params[rank], replicas)
+        scratch = arena.scratch_elements(params[rank], replicas)
         memory = arena.arrange(
             own, lambda s, pool, c=counts: c[s, pool], params[rank], inputs[rank], micros, scratch, threads, real
         )

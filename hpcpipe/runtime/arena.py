@@ -33,10 +33,6 @@ def size_of(tensor: Tensor, real: int) -> int:
     return align(math.prod(tensor.shape) * {"r": real, "i": 4, "l": 8, "d": 8}[tensor.type])
 
 
-class Span(tuple[int, int]):
-    """Elements [start, end) of a flat buffer."""
-
-
 @dataclass(frozen=True)
 class Parameters:
     """The flat parameter buffer of a rank: offsets in elements, stage by stage, decayed tensors first within each.
@@ -50,7 +46,8 @@ class Parameters:
     grad: dict[str, int]
     decay: dict[str, bool]
     stage: dict[int, tuple[int, int, int]]  # stage -> start, end of the decayed ones, end (elements, in both buffers)
-    tied: dict[str, str]
+    tied: dict[str, str]  # the copies on this rank
+    ties: dict[str, str]  # all of the model's
     size: int  # elements of PARAM and of each moment
     grad_size: int
 
@@ -83,7 +80,13 @@ def parameters(stages: Mapping[int, object], ties: Mapping[str, str], replicas: 
         if owner in names:
             param[copy], grad[copy] = param[owner], at
             at += align(align(math.prod(shapes[copy]), 16), 16 * replicas)
-    return Parameters(shapes, param, grad, decay, spans, tied, size, at)
+    return Parameters(shapes, param, grad, decay, spans, tied, dict(ties), size, at)
+
+
+def scratch_elements(params: Parameters, replicas: int) -> int:
+    """Elements of SCRATCH that the exchanges of a rank need: one bucket, or less where the gradients are smaller."""
+    exchanged = any(name in params.param for pair in params.ties.items() for name in pair)
+    return min(BUCKET, params.grad_size) if replicas > 1 or exchanged else 0
 
 
 @dataclass(frozen=True)

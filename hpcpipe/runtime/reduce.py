@@ -22,11 +22,6 @@ def buckets(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
         yield at, min(size, end - at)
 
 
-def scratch_elements(params: Parameters, replicas: int) -> int:
-    """Elements of SCRATCH that the exchanges of a rank need: one bucket, or less where the gradients are smaller."""
-    return min(BUCKET, params.grad_size) if replicas > 1 or params.tied else 0
-
-
 class Reducer:
     """Sums gradients in place. ``replicas`` joins the ranks that hold the same stages, or is None when there is one."""
 
@@ -48,7 +43,7 @@ class Reducer:
 
     def tie(self, copy: str, peer: int) -> None:
         """Adds the other copy's gradient to ours; ``peer`` is its rank, our own rank where both copies are here."""
-        owner = self.params.tied.get(copy)
+        owner = self.params.ties[copy]
         name = owner if owner in self.params.grad else copy
         size = math.prod(self.params.shapes[name])
         if peer == self.executor.link.rank:

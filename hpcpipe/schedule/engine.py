@@ -106,6 +106,7 @@ class Loop:
         return touched
 
     def _begin(self, rank: int, op: Op) -> None:
+        """Starts ``op`` now: its rank is free at its end, and what it enables is ready when its last need has come."""
         kind, stage, micro = op
         now, placement = self.state.time, self.state.placement
         end = now + self.costs.of(kind)[stage]
@@ -114,7 +115,6 @@ class Loop:
         self.state.rows[rank].append(op)
         self.state.started[kind, stage] = self.state.started.get((kind, stage), 0) + 1
         self.events.append(Event(rank, op, now, end))
-        # What it enables is ready when the last of its needs has arrived.
         for key in self._enables.get((kind, stage), ()):
             after, there = Op(*key, micro), placement[key[1]]
             left, when = self._missing.get(after, (self._needed[key], 0.0))
@@ -125,17 +125,13 @@ class Loop:
         self._at(end, rank, None)
 
 
-def run(
-    choose: Choose, placement: Sequence[int], micros: int, costs: Costs, kinds: Sequence[Kind] = KINDS
-) -> Timeline:
+def run(choose: Choose, placement: Sequence[int], micros: int, costs: Costs, kinds: Sequence[Kind] = KINDS) -> Timeline:
     """What the policy does with these costs. Raises ScheduleError when it leaves work undone."""
     loop = Loop(choose, placement, micros, costs, kinds)
     loop.run()
     if len(loop.events) < len(kinds) * len(placement) * micros:
-        ready = "; ".join(
-            f"rank {r} could do {', '.join(str(op) for op in sorted(ops)[:4])}" for r, ops in enumerate(loop.ready) if ops
-        )
-        raise ScheduleError(f"the policy stopped after {len(loop.events)} ops with work left ({ready})")
+        could = (f"rank {r} could do {min(ops)}" for r, ops in enumerate(loop.ready) if ops)
+        raise ScheduleError(f"the policy stopped after {len(loop.events)} ops with work left: {', '.join(could)}")
     return Timeline(tuple(loop.events), len(loop.state.rows))
 
 
@@ -167,42 +163,38 @@ def validate(schedule: Schedule, kinds: Sequence[Kind] = KINDS) -> None:
     """Raises ScheduleError unless every op of ``kinds`` runs exactly once, on its stage's rank, after what it needs,
     and the W of each stage run in microbatch order (so that all schedules add the same numbers in the same order).
     """
-    _complete(schedule, kinds)
-    for rank, row in enumerate(schedule.rows):
-        last: dict[int, int] = {}
-        for at, op in enumerate(row):
-            if op.kind == "W":
-                if op.micro < last.get(op.stage, -1):
-                    marks = [at if r == rank else -1 for r in range(schedule.ranks)]
-                    raise ScheduleError(
-                        f"{schedule.name}: rank {rank} runs {op} after W{op.stage}.{last[op.stage]}; the W of a stage run"
-                        f" in microbatch order\n{grid(schedule, marks)}"
-                    )
-                last[op.stage] = op.micro
-    replay(schedule, Costs.unit(schedule.stages))
-
-
-def _complete(schedule: Schedule, kinds: Sequence[Kind]) -> None:
-    """Raises ScheduleError unless the rows hold exactly the ops that they should, each on the right rank."""
     name, placement = schedule.name, schedule.placement
     if sorted(set(placement)) != list(range(schedule.ranks)):
         raise ScheduleError(f"{name}: stages are placed on ranks {placement}, but there are {schedule.ranks} rows")
     seen: set[Op] = set()
+    added = [-1] * schedule.stages
     for rank, row in enumerate(schedule.rows):
         for at, op in enumerate(row):
-            marked = f"\n{grid(schedule, [at if r == rank else -1 for r in range(schedule.ranks)])}"
-            if op.kind not in kinds or op.stage >= schedule.stages or op.micro >= schedule.micros:
-                raise ScheduleError(f"{name}: rank {rank} runs {op}, which is not part of this pipeline{marked}")
-            if placement[op.stage] != rank:
-                raise ScheduleError(f"{name}: rank {rank} runs {op}, but stage {op.stage} is on rank {placement[op.stage]}{marked}")
-            if op in seen:
-                raise ScheduleError(f"{name}: rank {rank} runs {op} twice{marked}")
+            if op in seen or (fault := _fault(schedule, rank, op, kinds, added)):
+                fault = "a second time" if op in seen else fault
+                marks = [at if r == rank else -1 for r in range(schedule.ranks)]
+                raise ScheduleError(f"{name}: rank {rank} runs {op} {fault}\n{grid(schedule, marks)}")
             seen.add(op)
-    every = (Op(k, s, m) for k in kinds for s in range(schedule.stages) for m in range(schedule.micros))
-    missing = [op for op in every if op not in seen]
+    every = [Op(k, s, m) for k in kinds for s in range(schedule.stages) for m in range(schedule.micros)]
+    missing = [str(op) for op in every if op not in seen]
     if missing:
-        some = ", ".join(str(op) for op in missing[:4])
-        raise ScheduleError(f"{name}: {len(missing)} ops are missing: {some}\n{grid(schedule, [-1] * schedule.ranks)}")
+        some = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
+        raise ScheduleError(f"{name}: {some} missing ({len(missing)} ops)\n{grid(schedule, [-1] * schedule.ranks)}")
+    replay(schedule, Costs.unit(schedule.stages))
+
+
+def _fault(schedule: Schedule, rank: int, op: Op, kinds: Sequence[Kind], added: list[int]) -> str:
+    """Why ``op`` cannot stand on this rank, or "". ``added[stage]`` is the last microbatch of the stage's W so far."""
+    kind, stage, micro = op
+    if kind not in kinds or not 0 <= stage < schedule.stages or not 0 <= micro < schedule.micros:
+        return f"but has {schedule.stages} stages, {schedule.micros} microbatches and the passes {', '.join(kinds)}"
+    if schedule.placement[stage] != rank:
+        return f"although stage {stage} is on rank {schedule.placement[stage]}"
+    if kind == "W":
+        if micro < added[stage]:
+            return f"after W{stage}.{added[stage]}, but the W of a stage run in microbatch order"
+        added[stage] = micro
+    return ""
 
 
 def _stuck(schedule: Schedule, at: Sequence[int]) -> str:

@@ -1,8 +1,8 @@
 """The atoms of a pipeline step and the one rule that orders them.
 
-An ``Op`` is one pass (F forward, B input gradient, W weight gradient) of one stage over one microbatch; a ``Schedule`` is
-one row of ops per rank. Everything else in this room (generation, validation, simulation, lowering, hang reports) asks
-``needs`` what an op must wait for. There is no "backward": a full backward is B followed by W.
+An ``Op`` is one pass (F forward, B input gradient, W weight gradient) of one stage over one microbatch; a
+``Schedule`` is one row of ops per rank. Everything else in this room (generation, validation, simulation, lowering,
+hang reports) asks ``needs`` what an op must wait for. There is no "backward": a full backward is B followed by W.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ W follows its B at once, so B must run in microbatch order on every stage, and d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
+from itertools import groupby
 from math import lcm
 
 from hpcpipe.schedule.engine import Choose, Costs, State, record, validate
@@ -29,8 +30,8 @@ def gpipe(placement: Sequence[int], micros: int) -> Choose:
 def one_f_one_b(placement: Sequence[int], micros: int) -> Choose:
     """Backward as soon as one is ready; forward while few enough microbatches are in flight.
 
-    The limit for a stage is 1 + the messages between it and the end, which for one stage per rank is the warm-up of
-    P-s-1 forwards and then one forward, one backward (PipeDream-flush; Narayanan et al., arXiv:2104.04473, section 2.2).
+    The limit for a stage is 1 + the messages between it and the end. For one stage per rank that is a warm-up of P-s-1
+    forwards, then one forward, one backward (PipeDream-flush; Narayanan et al., arXiv:2104.04473, section 2.2).
     """
     crossings = boundaries(placement)
     limit = [1 + sum(b >= stage for b in crossings) for stage in range(len(placement))]
@@ -98,7 +99,6 @@ def _placement(stages: int, ranks: int, micros: int, placement: Sequence[int] | 
 
 def _even(placement: Sequence[int]) -> Costs:
     """Whole-number costs with which every run of consecutive stages on one rank takes the same time."""
-    ends = [*boundaries(placement), len(placement) - 1]
-    runs = [end - start for start, end in zip([-1, *ends], ends)]
+    runs = [len(list(run)) for _, run in groupby(placement)]
     share = tuple(lcm(*runs) // n for n in runs for _ in range(n))
     return Costs(share, share, share)

@@ -36,11 +36,11 @@ class Lifetimes(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """Room for one tensor set: number ``index`` of a stage's pool."""
+    """Room for one microbatch's tensors: one of the numbered slots of a stage's pool."""
 
     stage: int
     pool: str
-    index: int
+    number: int
 
 
 class Instruction(NamedTuple):
@@ -185,20 +185,20 @@ class _Tenancy:
         before: dict[int, int] = {}
         need = 1
         for k, (micro, place) in enumerate(zip(order, sends, strict=True)):
-            if place.index in before:
+            if place.number in before:
                 now = self.turn[Op(FIRST[out], source, micro)]
-                need = max(need, before[place.index] + 1 - bisect_left(freed, now))
-            before[place.index] = k
+                need = max(need, before[place.number] + 1 - bisect_left(freed, now))
+            before[place.number] = k
         return need
 
     def _connect(self, out: str, source: int, into: str, target: int) -> None:
         """The edges of a crossing: tag 2s for activations over boundary s | s+1, 2s + 1 for gradients."""
         here, there = self.schedule.placement[source], self.schedule.placement[target]
         tag = 2 * min(source, target) + (out == "DX")
-        for index in range(self.counts[source, out]):
-            self.edges[here].append(Edge(Slot(source, out, index), there, tag, "send"))
-        for index in range(self.counts[target, into]):
-            self.edges[there].append(Edge(Slot(target, into, index), here, tag, "recv"))
+        for number in range(self.counts[source, out]):
+            self.edges[here].append(Edge(Slot(source, out, number), there, tag, "send"))
+        for number in range(self.counts[target, into]):
+            self.edges[there].append(Edge(Slot(target, into, number), here, tag, "recv"))
 
     def _order(self, pool: str, stage: int) -> list[int]:
         """The microbatches in the order in which the stage first touches them in this pool."""
@@ -219,7 +219,7 @@ class _Tenancy:
         places = colour(spans, count, oldest)
         self.counts[stage, pool] = count
         for micro, span, place in zip(order, spans, places, strict=True):
-            self.leases[pool, stage, micro] = _Lease(Slot(stage, pool, place.index), *span, place.since)
+            self.leases[pool, stage, micro] = _Lease(Slot(stage, pool, place.number), *span, place.since)
         return places
 
     def slots(self, op: Op) -> tuple[Slot | None, ...]:

@@ -22,20 +22,19 @@ class Span(NamedTuple):
 class Place(NamedTuple):
     """The slot given to a span, and the op after which that slot was free (-1: free from the start)."""
 
-    index: int
+    number: int
     since: int
 
 
 def overlap(spans: Sequence[Span]) -> int:
     """The largest number of spans that share an op: as many slots are needed, and as many are enough."""
-    ends, live, most = [], 0, 0
+    ends: list[int] = []
+    most = 0
     for start, end in sorted(spans):
         while ends and ends[0] < start:
             heappop(ends)
-            live -= 1
         heappush(ends, end)
-        live += 1
-        most = max(most, live)
+        most = max(most, len(ends))
     return most
 
 
@@ -45,15 +44,15 @@ def colour(spans: Sequence[Span], count: int, oldest: bool) -> list[Place]:
     ``oldest`` takes the slot that has been free longest, which gives a message the most time to come or go; otherwise
     the one used last is taken, which is still in the cache.
     """
-    free = deque(Place(index, -1) for index in (range(count) if oldest else reversed(range(count))))
+    free = deque(Place(number, -1) for number in (range(count) if oldest else reversed(range(count))))
     taken: list[tuple[int, int]] = []
     places = []
     for start, end in spans:
         while taken and taken[0][0] < start:
-            since, index = heappop(taken)
-            free.append(Place(index, since))
+            since, number = heappop(taken)
+            free.append(Place(number, since))
         place = free.popleft() if oldest else free.pop()
-        heappush(taken, (end, place.index))
+        heappush(taken, (end, place.number))
         places.append(place)
     return places
 

@@ -72,16 +72,13 @@ double hp_matmul_peak(double seconds) {
 #pragma omp parallel num_threads(HP_MAX(1, team)) reduction(+ : products) reduction(max : elapsed)
   {
     float *a = aligned_alloc(64, 3 * size * sizeof *a);
-    if (a) {
-      for (size_t e = 0; e < 3 * size; e++) a[e] = 1.0f / (float)(1 + e % 7);
-      hp_sgemm(CblasNoTrans, CblasTrans, SIDE, SIDE, SIDE, 1, a, SIDE, a + size, SIDE, 0, a + 2 * size, SIDE);
+    for (size_t e = 0; a && e < 3 * size; e++) a[e] = 1.0f / (float)(1 + e % 7);
 #pragma omp barrier
-      const double start = omp_get_wtime();
-      do {
-        hp_sgemm(CblasNoTrans, CblasTrans, SIDE, SIDE, SIDE, 1, a, SIDE, a + size, SIDE, 0, a + 2 * size, SIDE);
-        products++;
-        elapsed = omp_get_wtime() - start;
-      } while (elapsed < seconds);
+    const double start = omp_get_wtime();
+    while (a && elapsed < seconds) {
+      hp_sgemm(CblasNoTrans, CblasTrans, SIDE, SIDE, SIDE, 1, a, SIDE, a + size, SIDE, 0, a + 2 * size, SIDE);
+      products++;
+      elapsed = omp_get_wtime() - start;
     }
     free(a);
   }

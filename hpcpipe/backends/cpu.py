@@ -1,0 +1,169 @@
+"""The CPU backend: recordings walked by a C library (native/cpu), one OpenMP team per rank, the interpreter lock released.
+
+In: recorded calls and where their tensors lie. Out: numpy views of one arena. The library exists once per instruction
+set; the best one that this processor runs is loaded. This file is the only one that knows C, through ctypes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import platform
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hpcpipe.backends.kernels import TABLE, digest, evaluate
+from hpcpipe.backends.null import Call, Tensor
+
+Array = npt.NDArray[Any]
+
+FOLDER = Path(__file__).resolve().parent.parent / "native"
+# What a processor must have to run a library, best first; the names are those of /proc/cpuinfo.
+LEVELS = {
+    "x86-64-v4": "avx512f avx512bw avx512cd avx512dq avx512vl avx2 fma f16c bmi1 bmi2 abm movbe",
+    "x86-64-v3": "avx2 fma f16c bmi1 bmi2 abm movbe",
+    "portable": "",
+}
+TYPES = {"r": np.dtype("float32"), "i": np.dtype("int32"), "l": np.dtype("int64"), "d": np.dtype("float64")}
+INDEX = {kernel.name: i for i, kernel in enumerate(TABLE)}
+MAX_ARGS = 16  # HP_MAX_ARGS
+ABSENT, SCALAR = -1, -2  # the region of an absent optional buffer, and of a number
+HUGE_PAGE = 2 << 20
+
+
+class Compiled(NamedTuple):
+    """A pass as the library reads it: ``words`` int64 [calls, 1 + 2 * MAX_ARGS] is an array of hp_call."""
+
+    words: Array
+    work: int  # bytes of scratch that its hungriest call needs per thread
+
+
+def cpu_flags() -> set[str]:
+    """The processor's feature names; empty where the system does not tell (then the portable library is used)."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    return set(found[1].split()) if found and platform.machine().lower() in ("x86_64", "amd64") else set()
+
+
+def runnable() -> list[str]:
+    """The built levels that this processor can run, best first."""
+    flags = cpu_flags()
+    return [name for name, needed in LEVELS.items() if set(needed.split()) <= flags and library(name).exists()]
+
+
+def library(level: str) -> Path:
+    """Where the library of a level lies."""
+    return FOLDER / f"libhpcpipe-{level}.so"
+
+
+def prepare_environment() -> None:
+    """Settings that the libraries read when they are loaded; one that the user made stays.
+
+    OpenBLAS takes processors it does not know for a Haswell and leaves half of an AVX-512 machine unused. A team that
+    waits for its next loop spins for about 50 microseconds, not milliseconds: with more ranks than cores it would hold
+    up the others.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
+    if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"} <= cpu_flags():
+        os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
+
+
+def load(level: str) -> ctypes.CDLL:
+    """The library of a level, with its functions declared; RuntimeError in one sentence if it does not fit."""
+    path = library(level)
+    if not path.exists():
+        raise RuntimeError(f"the native library {path.name} is not in {FOLDER}: run make build")
+    prepare_environment()
+    import scipy_openblas32  # only here: reading a config or a plan needs no BLAS
+
+    blas = Path(scipy_openblas32.get_lib_dir()) / "libscipy_openblas.so"
+    ctypes.CDLL(str(blas), mode=ctypes.RTLD_GLOBAL)  # our library names it by soname only, so it must be there first
+    lib = ctypes.CDLL(str(path))
+    lib.hp_table_digest.restype = ctypes.c_char_p
+    if lib.hp_table_digest().decode() != digest():
+        raise RuntimeError(f"the native library {path.name} was built from another kernel table: run make build")
+    address = ctypes.c_void_p
+    lib.hp_init.argtypes, lib.hp_init.restype = [ctypes.c_int], None
+    lib.hp_run.argtypes, lib.hp_run.restype = [address, ctypes.c_int64, address, address, ctypes.c_int64], None
+    lib.hp_matmul_peak.argtypes, lib.hp_matmul_peak.restype = [ctypes.c_double], ctypes.c_double
+    return lib
+
+
+class CpuBackend:
+    """Runs recordings in C. ``threads`` is the team's size, 0 for one per core that this process may use."""
+
+    name = "cpu"
+    real = TYPES["r"].itemsize
+
+    def __init__(self, threads: int = 0, level: str = "") -> None:
+        """``level`` names a library of ``LEVELS``; by default it is the best one that this processor runs."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.threads = threads or cores
+        built = runnable()
+        if not built and not level:
+            raise RuntimeError(f"no native library is in {FOLDER}: run make build")
+        self.level = level or built[0]
+        self._lib = load(self.level)
+        self._lib.hp_init(self.threads)
+
+    def allocate(self, nbytes: int) -> Array:
+        """Zeroed bytes, uint8 [nbytes], on huge pages where the system has them: products run up to twice as fast."""
+        block = mmap.mmap(-1, nbytes + HUGE_PAGE)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            try:
+                block.madvise(mmap.MADV_HUGEPAGE)
+            except OSError:
+                pass  # a kernel without them: ordinary pages are right, only slower
+        memory = np.frombuffer(block, dtype=np.uint8)
+        start = -memory.ctypes.data % HUGE_PAGE
+        return memory[start : start + nbytes]
+
+    def array(self, memory: Array, offset: int, shape: tuple[int, ...], type: str = "r") -> Array:
+        """A view of ``memory`` from byte ``offset``; IndexError where it would reach over the end."""
+        dtype = TYPES[type]
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        if offset < 0 or offset + size > memory.size:
+            raise IndexError(f"cpu backend: bytes {offset}..{offset + size} of an arena of {memory.size}")
+        return memory[offset : offset + size].view(dtype).reshape(shape)
+
+    def compile(self, calls: Sequence[Call], where: Callable[[Tensor], tuple[int, int]]) -> Compiled:
+        """Resolves each tensor of a pass to (region, offset) and packs the calls."""
+        words = np.zeros((len(calls), 1 + 2 * MAX_ARGS), dtype=np.int64)
+        for packed, call in zip(words, calls, strict=True):
+            packed[0] = INDEX[call.kernel]
+            regions, values = packed[1::2], packed[2::2]
+            count, whole = len(call.buffers), len(call.buffers) + len(call.ints)
+            for i, tensor in enumerate(call.buffers):
+                regions[i], values[i] = (ABSENT, 0) if tensor is None else where(tensor)
+            regions[count:] = SCALAR
+            values[count:whole] = call.ints
+            reals = np.array(call.reals, dtype=np.float64)
+            values[whole : whole + len(reals)] = reals.view(np.int64)
+        return Compiled(words, max((evaluate(c.row.work, c.env) for c in calls if c.row.work), default=0))
+
+    def run(self, handle: Compiled, memory: Array, bases: Array, work: int = -1) -> None:
+        """Executes a compiled pass; a tensor lies at memory + bases[region] + offset, scratch for all threads at ``work``."""
+        if work < 0 < handle.work:
+            raise ValueError(f"cpu backend: this pass needs {handle.work} bytes of scratch per thread, none was given")
+        # A team belongs to the Python thread that asked for it, and another backend may have asked for another size.
+        if self._lib.hp_threads() != self.threads:
+            self._lib.hp_init(self.threads)
+        bases = np.ascontiguousarray(bases, dtype=np.int64)
+        self._lib.hp_run(handle.words.ctypes.data, len(handle.words), memory.ctypes.data, bases.ctypes.data, work)
+
+    def matmul_peak(self, seconds: float = 0.2) -> float:
+        """FLOP/s of float32 matrix products on this team, measured now."""
+        if self._lib.hp_threads() != self.threads:
+            self._lib.hp_init(self.threads)
+        return float(self._lib.hp_matmul_peak(seconds))

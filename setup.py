@@ -1,0 +1,148 @@
+"""Builds the native library: native/cpu/*.c once per instruction set, as plain C libraries that Python only loads.
+
+Goes with pyproject.toml, which says everything else. Works for `pip install .`, `pip install -e .` and
+`python setup.py build_ext --inplace`. Each library carries the digest of what it was made from (sources, flags, compiler,
+kernel table), and is left alone as long as that holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = sorted((ROOT / "native" / "cpu").glob("*.c"))
+HEADERS = sorted((ROOT / "native").rglob("*.h"))
+# No -ffast-math: sums keep their order. What is left out changes no result: errno, traps, and a * b + c in two roundings.
+FLAGS = "-std=gnu11 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp -fPIC -Wall -Wextra".split()
+LINK = "-shared -fopenmp -Wl,-Bsymbolic -Wl,--no-undefined".split()
+AVX2 = "-mavx2 -mfma -mf16c -mbmi -mbmi2 -mlzcnt -mmovbe".split()
+AVX512 = "-mavx512f -mavx512bw -mavx512cd -mavx512dq -mavx512vl -mprefer-vector-width=512".split()
+X86_LEVELS = {"portable": [], "x86-64-v3": AVX2, "x86-64-v4": AVX2 + AVX512}
+PLAIN = "#include <math.h>\n#include <stdint.h>\nint main(void) { return 0; }\n"
+OPENMP = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
+
+
+def levels() -> dict[str, list[str]]:
+    """Instruction sets to build for, with their compiler flags; backends/cpu.py picks one at run time."""
+    return X86_LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {"portable": []}
+
+
+def compiler() -> list[str]:
+    """The C compiler: CC if set, else cc, gcc or clang; ends the build with one sentence if none can compile OpenMP."""
+    chosen = shlex.split(os.environ.get("CC", ""))
+    found = chosen or next(([name] for name in ("cc", "gcc", "clang") if shutil.which(name)), [])
+    if not found or not shutil.which(found[0]):
+        named = f"the compiler that CC names, {chosen[0]}, is not on the PATH" if chosen else "no C compiler is on the PATH"
+        sys.exit(f"hpcpipe: {named}: install one (Debian: apt install gcc libc6-dev; RHEL: dnf install gcc) or set CC.")
+    if not accepts(found, PLAIN, []):
+        sys.exit(f"hpcpipe: {found[0]} cannot build a C program: install the C library's headers (Debian: apt install libc6-dev; RHEL: dnf install glibc-devel).")  # fmt: skip  # noqa: E501
+    if not accepts(found, OPENMP, ["-fopenmp"]):
+        sys.exit(f"hpcpipe: {found[0]} has no OpenMP: install its runtime (clang: apt install libomp-dev; gcc: dnf install libgomp) or set CC=gcc.")  # fmt: skip  # noqa: E501
+    return found
+
+
+def accepts(cc: list[str], program: str, flags: list[str]) -> bool:
+    """Whether a program of one file compiles and links."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.c"
+        source.write_text(program)
+        return subprocess.run([*cc, *flags, str(source), "-o", f"{folder}/probe"], capture_output=True).returncode == 0
+
+
+def openblas() -> tuple[str, str]:
+    """Folders of the BLAS wheel: headers, library."""
+    try:
+        import scipy_openblas32
+    except ImportError:
+        sys.exit("hpcpipe: the matrix library is missing: pip install scipy-openblas32.")
+    return scipy_openblas32.get_include_dir(), scipy_openblas32.get_lib_dir()
+
+
+def dispatch() -> str:
+    """C source generated from the kernel table, which is loaded by its path: the package itself is not installed yet."""
+    spec = importlib.util.spec_from_file_location("kernel_table", ROOT / "hpcpipe" / "backends" / "kernels.py")
+    assert spec is not None and spec.loader is not None
+    table = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = table
+    spec.loader.exec_module(table)
+    return str(table.dispatch_source())
+
+
+def stamp(cc: list[str], flags: list[str], generated: str) -> str:
+    """Names everything a library is made from."""
+    version = subprocess.run([*cc, "--version"], capture_output=True, text=True).stdout
+    h = hashlib.sha256(repr((cc, version, FLAGS, flags, LINK, generated)).encode())
+    for path in SOURCES + HEADERS:
+        h.update(path.name.encode() + path.read_bytes())
+    return f"hpcpipe-build:{h.hexdigest()[:32]}"
+
+
+def compile_level(cc: list[str], flags: list[str], generated: str, mark: str, target: Path) -> None:
+    """One library, written under another name and then moved into place, so that a running program keeps its own."""
+    headers, library = openblas()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        extra = Path(folder) / "dispatch.c"
+        extra.write_text(f'{generated}\nconst char hp_build[] = "{mark}";\n')
+        include = [f"-I{ROOT / 'native' / 'include'}", f"-I{ROOT / 'native' / 'cpu'}", f"-I{headers}"]
+        jobs = [(s, Path(folder) / f"{s.stem}.o") for s in [*SOURCES, extra]]
+        commands = [[*cc, *FLAGS, *flags, *include, "-c", str(s), "-o", str(o)] for s, o in jobs]
+        list(pool.map(run, commands))
+        part = target.with_suffix(".part")
+        run([*cc, *LINK, *(str(o) for _, o in jobs), "-o", str(part), f"-L{library}", "-lscipy_openblas", "-lm"])
+        part.replace(target)
+
+
+def run(command: list[str]) -> None:
+    """Runs the compiler; its own words are the explanation when it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.stderr:
+        print(done.stderr, file=sys.stderr)
+    if done.returncode:
+        sys.exit(f"hpcpipe: the compiler failed on {shlex.join(command)}.")
+
+
+class BuildNative(build_ext):
+    """`build_ext` for libraries that know no Python: ours are not extension modules, so nothing of the original runs."""
+
+    def run(self) -> None:
+        in_place = self.inplace or getattr(self, "editable_mode", False)
+        folder = (ROOT if in_place else Path(self.build_lib).resolve()) / "hpcpipe" / "native"
+        folder.mkdir(parents=True, exist_ok=True)
+        cc, generated = compiler(), dispatch()
+        for level, flags in levels().items():
+            target, mark = folder / f"libhpcpipe-{level}.so", stamp(cc, flags, generated)
+            if target.exists() and mark.encode() in target.read_bytes():
+                print(f"{target.name} is up to date")
+                continue
+            print(f"building {target.name}")
+            compile_level(cc, flags, generated, mark, target)
+
+    def get_outputs(self) -> list[str]:
+        return [str(Path(self.build_lib) / "hpcpipe" / "native" / f"libhpcpipe-{level}.so") for level in levels()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+def relative(paths: list[Path]) -> list[str]:
+    return [str(p.relative_to(ROOT)) for p in paths]
+
+
+setup(
+    # Named so that a source distribution contains the files and a wheel knows that it is for one kind of machine.
+    ext_modules=[Extension("hpcpipe.native.library", relative(SOURCES), depends=relative(HEADERS))],
+    cmdclass={"build_ext": BuildNative},
+)
