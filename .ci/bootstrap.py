@@ -77,8 +77,6 @@ exec {real} "$@"
 
 HELLO = "from mpi4py import MPI; print(f'<{MPI.COMM_WORLD.size}>', MPI.Get_library_version().splitlines()[0][:40])"
 UNREACHABLE = "pip could not install what it names above: is PyPI, or the index that pip is configured for, reachable?"
-C_PROGRAM = "#include <stdio.h>\nint main(void) { return 0; }\n"
-OPENMP_PROGRAM = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
 
 
 class SetupError(Exception):
@@ -107,7 +105,10 @@ def digest(*parts: object) -> str:
 
 
 def run(command: list, failure: str, env: dict | None = None, timeout: float | None = None) -> str:
-    """Runs a command with its output in the log and returns that output; a failure shows its last lines."""
+    """Runs a command with its output in the log and returns that output.
+
+    A failure shows what setup.py had to say to the user, or else the last lines and the sentence ``failure``.
+    """
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
     clean.update(PIP_ROOT_USER_ACTION="ignore", PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_NO_INPUT="1", **(env or {}))
     words = [str(c) for c in command]
@@ -123,8 +124,9 @@ def run(command: list, failure: str, env: dict | None = None, timeout: float | N
     with LOG.open("a", encoding="utf-8") as log:
         log.write(f"$ {shlex.join(words)}\n{output}\n")
     if code:
-        tail = "".join(f"    {line}\n" for line in output.strip().splitlines()[-20:])
-        error = SetupError(f"{tail}setup: {failure}")
+        told = re.search(r"^\s*hpcpipe: (?!the compiler failed)(.*)$", output, re.M)
+        tail = "".join(f"    {line}\n" for line in output.strip().splitlines()[-30:])
+        error = SetupError(f"setup: {told[1]}" if told else f"{tail}setup: {failure}")
         error.killed = code < 0
         raise error
     return output
@@ -200,7 +202,7 @@ def alone() -> Iterator[None]:
 
 
 def check_machine() -> None:
-    """What only the system's packages can bring, each missed by name."""
+    """What pip cannot bring; the C compiler is setup.py's to miss, the MPI's compiler wire_site's."""
     if not os.access(ROOT, os.W_OK):
         raise SetupError(f"setup: {ROOT} is not writable for this user: copy or clone it to a folder of your own.")
     if not all(importlib.util.find_spec(module) for module in ("venv", "ensurepip")):
@@ -208,19 +210,6 @@ def check_machine() -> None:
             f"setup: {sys.executable} cannot make virtual environments: install the package python3-venv (Debian: apt "
             "install python3-venv)."
         )
-    cc = shlex.split(os.environ.get("CC", "cc"))
-    if not shutil.which(cc[0]):
-        raise SetupError(
-            f"setup: there is no C compiler ({cc[0]}) on the PATH: install gcc (Debian: apt install gcc "
-            "libc6-dev; RHEL: dnf install gcc)."
-        )
-    probe = LOG.with_name("probe.c")
-    probe.parent.mkdir(exist_ok=True)
-    build = [*cc, probe, "-o", probe.with_suffix("")]
-    probe.write_text(C_PROGRAM)
-    run(build, f"{cc[0]} cannot build a C program: install the C library's headers (Debian: apt install libc6-dev).")
-    probe.write_text(OPENMP_PROGRAM)
-    run([*build, "-fopenmp"], f"{cc[0]} has no OpenMP: install it (gcc brings it; for clang: apt install libomp-dev).")
 
 
 def site_mpirun() -> str | None:
@@ -266,7 +255,7 @@ def install_packages(env: Environment, mpi: str, native: str) -> None:
 
 def build_native(env: Environment) -> None:
     failure = "the native library could not be built; the compiler's lines are above."
-    env.pip(failure, "--no-build-isolation", "--no-deps", "-e", ".")
+    run([env.python, "setup.py", "-q", "build_ext", "--inplace"], failure)
 
 
 def install_peers(env: Environment) -> None:
@@ -331,14 +320,16 @@ def make_mpich(env: Environment, main: Environment) -> None:
 
 
 def set_up(wanted: set[str]) -> None:
+    check_machine()
+    LOG.unlink(missing_ok=True)
     env = Environment(VENV)
     mpi = choose_mpi(env)
     if env.made.get("mpi", mpi) != mpi:
         env.remove(f"is for another MPI than {mpi}")
     script, project = Path(__file__).resolve(), ROOT / "pyproject.toml"
     native = digest(*(ROOT / f for f in NATIVE_SOURCES), os.environ.get("CC", "cc"))
-    if env.made.get("native") != native:
-        check_machine()
+    if not any((ROOT / "hpcpipe" / "native").glob("*.so")):
+        env.made.pop("native", None)
 
     env.step("venv", str(VENV), f".venv for Python {sys.version.split()[0]}", make_venv, VENV)
     env.note(mpi=mpi)
@@ -358,7 +349,7 @@ def main() -> int:
         with alone():
             set_up(set(sys.argv[1:]))
     except SetupError as error:
-        say(f"{error}\n(everything that was printed is in {LOG})")
+        say(f"{error}" + (f"\n(everything that was printed is in {LOG})" if LOG.exists() else ""))
         return 1
     except KeyboardInterrupt:
         say("\nsetup: interrupted; the next run starts where it must")

@@ -25,7 +25,7 @@ from hpcpipe.config import Config, UserError
 MANIFEST = "dataset.json"
 FORMAT = 1
 TOKENIZER = "tokenizer.json"
-SEPARATOR = "<|endoftext|>"
+SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # ours and GPT-2's, Llama 3's, Llama 2's, Gemma's
 SPLITS = ("train", "val")
 LARGEST_ID = {"uint16": 2**16 - 1, "uint32": 2**31 - 1}  # batches are int32
 
@@ -312,6 +312,11 @@ def open_tokenizer(path: str | os.PathLike[str]) -> Any:
         return tokenizers.Tokenizer.from_file(os.fspath(path))
     except Exception as error:  # the library raises bare Exception for whatever it cannot read
         raise UserError(f"data: {os.fspath(path)} is not a tokenizer ({error})") from None
+
+
+def separator(tokenizer: Any) -> int | None:
+    """The id of the token that ends a document, if the tokenizer has one."""
+    return next((n for n in map(tokenizer.token_to_id, SEPARATORS) if n is not None), None)
 
 
 def require_tokenizers() -> Any:

@@ -1,9 +1,9 @@
 """Text becomes tokens: trains a byte-level BPE on a sample, encodes, writes the folder ``data.Dataset`` opens.
 
 In goes a ``corpus``; out come train.bin, val.bin, tokenizer.json and, last, the manifest whose rename makes them a
-dataset. A few MB are in memory at a time, however much text there is. Which split a document belongs to, and which text
-the tokenizer learns from, depend on its content only: the same text gives the same bytes on every machine, and two copies
-of a document never end up on both sides.
+dataset. A few MB are in memory at a time, however much text there is. Which split a document belongs to, and which
+text the tokenizer learns from, depend on content only: the same text gives the same bytes on every machine, and
+copies of a document end up on the same side.
 """
 
 from __future__ import annotations
@@ -25,11 +25,9 @@ from hpcpipe.config import UserError
 from hpcpipe.corpus import STDLIB, Corpus, Piece, find
 from hpcpipe.data import Dataset, Split
 
-SEPARATORS = (data.SEPARATOR, "<|end_of_text|>", "</s>", "<eos>")  # ours and GPT-2's, Llama 3's, Llama 2's, Gemma's
-
 BLOCK = 1 << 20  # tokens of a token file read at once
 GROUP = 1 << 22  # characters encoded at once
-SAMPLE = 1 << 24  # bytes of text the tokenizer learns from
+SAMPLE = 1 << 10  # bytes of text the tokenizer learns from, for every token of its vocabulary
 ALPHABET = 256  # every byte is a token, so every text can be written
 
 
@@ -49,8 +47,8 @@ def prepare(
     """Makes the dataset ``out`` from text files and folders (with ``suffixes`` beside the usual ones) and opens it.
 
     ``vocab_size`` is what the byte-level BPE is trained to, unless ``tokenizer`` names a tokenizer.json to use;
-    ``val_fraction`` is the share of documents held out; ``column`` is the text of a JSON line or parquet row; ``errors``
-    is stop or skip. UserError for whatever is wrong with the input; ``out`` then holds no dataset, or the one it had.
+    ``val_fraction`` is the share of documents held out, ``column`` the text of a JSON line or parquet row, ``errors``
+    stop or skip. UserError for whatever is wrong with the input; ``out`` then holds no dataset, or the one it had.
     """
     begun, folder = time.monotonic(), Path(out)
     _check(vocab_size, val_fraction, errors)
@@ -129,10 +127,10 @@ def _check_out(folder: Path, force: bool) -> None:
 def _tokenizer(corpus: Corpus, vocab_size: int, path: str | os.PathLike[str] | None) -> tuple[Any, int]:
     """(tokenizer, number of the token between documents)."""
     encoder = data.open_tokenizer(path) if path else _trained(corpus, vocab_size)
-    separator = next((n for n in map(encoder.token_to_id, SEPARATORS) if n is not None), None)
+    separator = data.separator(encoder)
     if separator is None:
         raise UserError(
-            f"prepare: {path} has no token {data.SEPARATOR} to put between documents; add it to the tokenizer"
+            f"prepare: {path} has none of {' '.join(data.SEPARATORS)} to put between documents; add the first to it"
         )
     # A document that spells the separator out gets ordinary tokens.
     encoder.encode_special_tokens = True
@@ -142,7 +140,7 @@ def _tokenizer(corpus: Corpus, vocab_size: int, path: str | os.PathLike[str] | N
 
 
 def _trained(corpus: Corpus, vocab_size: int) -> Any:
-    """A byte-level BPE in the manner of GPT-2 (Radford et al. 2019), trained on about SAMPLE bytes of the corpus."""
+    """A byte-level BPE in the manner of GPT-2 (Radford et al. 2019), trained on a sample of the corpus."""
     data.require_tokenizers()
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -151,11 +149,12 @@ def _trained(corpus: Corpus, vocab_size: int) -> Any:
     encoder.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[data.SEPARATOR],
+        special_tokens=[data.SEPARATORS[0]],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    share = SAMPLE / max(SAMPLE, sum(file.stat().st_size for file in corpus.files if file.exists()))
+    size = SAMPLE * vocab_size
+    share = size / max(size, sum(file.stat().st_size for file in corpus.files if file.exists()))
     encoder.train_from_iterator((p.text for p in corpus.pieces() if _position(p.text, b"sample") < share), trainer)
     return encoder
 

@@ -22,7 +22,7 @@ class Progress:
         self.out, self.steps, self.flops, self.tokens, self.peak, self.every = out, steps, flops, tokens, peak, every
         self.file: IO[str] = open(out / "metrics.jsonl", "a", encoding="utf-8")
         (out / "done.json").unlink(missing_ok=True)
-        self.live = sys.stdout.isatty()
+        self.terminal = terminal()
         self.rate = 0.0  # seconds per step, averaged
         self.shown = -math.inf
         self.width = 0
@@ -44,7 +44,7 @@ class Progress:
         last = step + 1 == self.steps
         if (step + 1) % self.every == 0 or last or step == 0 or time.monotonic() - self.shown > 5:
             self.shown = time.monotonic()
-            self._show(self._line(step, values), keep=last or not self.live)
+            self._show(self._line(step, values), keep=last)
 
     def evaluated(self, step: int, loss: float) -> None:
         """A validation loss after ``step`` steps."""
@@ -78,12 +78,28 @@ class Progress:
         self.file.flush()
 
     def _show(self, text: str, keep: bool) -> None:
-        if self.live:
-            sys.stdout.write("\r" + text.ljust(self.width) + ("\n" if keep else ""))
+        """A line that stays goes to stdout; the live line is overwritten in place, or is a line too where it cannot be."""
+        if self.terminal is not None:
+            self.terminal.write("\r" + ("" if keep else text).ljust(self.width) + ("\r" if keep else ""))
+            self.terminal.flush()
             self.width = 0 if keep else len(text)
-        else:
-            sys.stdout.write(text + "\n")
-        sys.stdout.flush()
+        if keep or self.terminal is None:
+            print(text, flush=True)
+
+
+def terminal() -> IO[str] | None:
+    """Where a line can be overwritten: the terminal that a person looks at, or None.
+
+    Open MPI gives every rank a pseudo-terminal, also when its own output goes to a file, and holds back what has no newline;
+    so under it the launcher's stdout (rank 0 is its child) is looked at, and the terminal is written to directly.
+    """
+    if "OMPI_COMM_WORLD_RANK" not in os.environ:
+        return sys.stdout if sys.stdout.isatty() else None
+    try:
+        shown = os.readlink(f"/proc/{os.getppid()}/fd/1")
+        return open("/dev/tty", "w", encoding="utf-8") if shown.startswith(("/dev/pts/", "/dev/tty")) else None
+    except OSError:
+        return None
 
 
 def clock(seconds: float) -> str:

@@ -146,6 +146,9 @@ def bind(kernel: Kernel, shapes: Mapping[str, tuple[int, ...] | None], ints: Map
             factor, _, letter = expression.rpartition("*")
             if letter.isidentifier() and letter not in env and (not factor or factor.isdigit()):
                 env[letter] = size // int(factor or 1)
+    for whole, part in (("h", "k"), ("n", "t")):
+        if whole in env and part in kernel.ints and env[whole] % env[part]:
+            raise ValueError(f"{kernel.name}: {whole} = {env[whole]} is not a multiple of {part} = {env[part]}")
     for arg in kernel.ins:
         shape = shapes[arg.name]
         expected = shape_of(arg, env)

@@ -150,4 +150,20 @@ def record(
         passes["B"] = ops.take()
         layer.grad_weight(ops, grads, owed)
         passes["W"] = ops.take()
-    return Recording(passes, params, grads, dict(ops.inputs), x, y, dy, dx)
+    return Recording(_live(passes, y, dx), params, grads, dict(ops.inputs), x, y, dy, dx)
+
+
+def _live(passes: Mapping[str, tuple[Call, ...]], *results: Tensor | None) -> dict[str, tuple[Call, ...]]:
+    """The passes without calls whose outputs nobody reads: a layer that runs forward again need not run to its end."""
+    read = {tensor.id for tensor in results if tensor is not None}
+    kept: dict[str, tuple[Call, ...]] = {}
+    for name in reversed(PASSES):
+        calls = []
+        for call in reversed(passes[name]):
+            outs = call.buffers[: len(call.row.outs)]
+            changes = any(arg.role == "inout" for arg in call.row.ins)
+            if changes or any(tensor is not None and tensor.id in read for tensor in outs):
+                read |= {tensor.id for tensor in call.buffers if tensor is not None}
+                calls.append(call)
+        kept[name] = tuple(reversed(calls))
+    return {name: kept[name] for name in PASSES}

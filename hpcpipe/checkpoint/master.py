@@ -37,9 +37,9 @@ together; where a shard is missing, HDF5 reads NaN. Arrays are row-major and lit
 x @ weight.T, so its weight is [outputs, inputs]. moment1 and moment2 are AdamW's running means of the gradient and its
 square, before bias correction. Attributes: step = optimizer steps done; tokens = training tokens seen; loss = training
 loss of that step, nats per token; config = the run's TOML text; schedule = the order of the pipeline's operations;
-plan = digest of the plan; version.* = software that wrote this; created = UTC. /table/shards lists each file with its
-size and digest, /table/blocks the CRC-32 of each MiB of them in turn, /table/pieces which box of which tensor lies at
-which byte of which file."""
+plan_digest = digest of the plan; version.* = software that wrote this; created = UTC. /table/shards lists each file
+with its size and digest, /table/blocks the CRC-32 of each MiB of them in turn, /table/pieces which box of which tensor
+lies at which byte of which file."""
 GROUPS = {
     "parameters": "trained weights",
     "moment1": "AdamW: running mean of the gradient (beta1)",
@@ -158,7 +158,7 @@ def _table(columns: Mapping[str, str], rows: Sequence[tuple[Any, ...]]) -> np.nd
 
 def _shards(rows: np.ndarray[Any, Any], blocks: list[int]) -> tuple[Shard, ...]:
     ends = np.cumsum(rows["blocks"]).tolist()
-    starts = [0, *ends[:-1]]
+    starts = [0, *ends][: len(ends)]
     return tuple(
         Shard(row["file"].decode(), int(row["bytes"]), row["digest"].decode(), tuple(blocks[a:b]))
         for row, a, b in zip(rows, starts, ends, strict=True)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from hpcpipe.checkpoint import layout, master, shard
-from hpcpipe.checkpoint.layout import Index, Part, Tensor
+from hpcpipe.checkpoint.layout import Index, Key, Part, Tensor
 from hpcpipe.checkpoint.master import Shard, Value
 from hpcpipe.config import UserError
 
@@ -102,7 +102,7 @@ class Checkpoint:
         out: np.ndarray[Any, Any] | None = None,
         slices: Sequence[slice] | None = None,
     ) -> np.ndarray[Any, Any]:
-        """A tensor, or a global slice of it, into ``out`` (same shape and dtype) or a new array.
+        """A tensor, or a global slice of it, into ``out`` (same shape, same or wider dtype) or a new array.
 
         Each byte is read once; a part that is read as a whole is held against its checksum (for smaller slices call
         ``verify`` first). Raises UserError for what is missing or damaged, ValueError for an ``out`` that does not fit.
@@ -113,25 +113,26 @@ class Checkpoint:
         start, extent = layout.region(tensor.shape, slices)
         if out is None:
             out = np.empty(extent, tensor.dtype)
-        if out.shape != extent or out.dtype != np.dtype(tensor.dtype):
+        if out.shape != extent or not np.can_cast(tensor.dtype, out.dtype, "safe"):
             raise ValueError(f"{kind} {name}: out is {out.shape} {out.dtype}, read are {extent} {tensor.dtype}")
         for part in tensor.parts:
             common = layout.overlap(start, extent, part)
             if common:
                 box = tuple(slice(s - t, s - t + n) for s, t, n in zip(common[0], start, common[1], strict=True))
-                self._read_part(f"{kind} {name}", part, *common, out[box])
+                self._read_part((kind, name), part, *common, out[box])
         return out
 
-    def _read_part(self, title: str, part: Part, start: Index, extent: Index, out: np.ndarray[Any, Any]) -> None:
+    def _read_part(self, key: Key, part: Part, start: Index, extent: Index, out: np.ndarray[Any, Any]) -> None:
         """Read the box ``start``, ``extent`` of one part into ``out``, stretch by stretch in file order."""
-        file, crc = self.path / self.shards[part.shard].file, 0
+        file, crc, dtype = self.path / self.shards[part.shard].file, 0, np.dtype(self.layout[key].dtype)
+        title = " ".join(key)
         try:
             fd = os.open(file, os.O_RDONLY)
             try:
                 for first, position, _ in layout.runs(part, start, extent):
-                    view, offset = out[position], part.offset + first * out.itemsize
-                    straight = view.flags.c_contiguous
-                    target = view if straight else np.empty(view.shape, view.dtype)
+                    view, offset = out[position], part.offset + first * dtype.itemsize
+                    straight = view.flags.c_contiguous and view.dtype == dtype
+                    target = view if straight else np.empty(view.shape, dtype)
                     crc = shard.read_run(fd, target, offset, crc)
                     if not straight:
                         view[...] = target
@@ -167,15 +168,17 @@ class Checkpoint:
             blocks, parts = shard.damage(fd, record.blocks, [p for _, _, p in inside], sizes)
         finally:
             os.close(fd)
-        hurt = _several([inside[i][0] for i in parts]) if parts else "no tensor, the HDF5 headers"
-        found = [
-            f"{file} is damaged in bytes {b * shard.BLOCK} to {min((b + 1) * shard.BLOCK, record.bytes)}: {hurt}"
-            for b in blocks
-        ]
+        hurt = [(inside[i][0], inside[i][2].offset, shard.nbytes(inside[i][2], sizes[i])) for i in parts]
+        found = []
+        for first, end in _ranges(blocks):
+            low, high = first * shard.BLOCK, min(end * shard.BLOCK, record.bytes)
+            titles = [title for title, at, size in hurt if at < high and at + size > low]
+            told = _several(titles) if titles else "no tensor's values, but the HDF5 headers"
+            found.append(f"{file} is damaged in bytes {low} to {high}: {told}")
         if shard.digest(record.blocks) != record.digest:
             found.append(f"{file}: the digest in {master.FILE} is not that of its own list of blocks")
         if parts and not blocks:
-            found.append(f"{file} holds other values than were meant to be written: {hurt}")
+            found.append(f"{file} holds other values than were meant to be written: {_several([t for t, *_ in hurt])}")
         return found
 
 
@@ -197,6 +200,17 @@ def _folder(path: Path) -> Path:
 def _number(folder: Path) -> int:
     found = STEP.fullmatch(folder.name)
     return int(found[1]) if found else 0
+
+
+def _ranges(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending numbers as [first, end) of their unbroken stretches."""
+    found: list[tuple[int, int]] = []
+    for n in numbers:
+        if found and found[-1][1] == n:
+            found[-1] = (found[-1][0], n + 1)
+        else:
+            found.append((n, n + 1))
+    return found
 
 
 def _several(titles: Sequence[str]) -> str:

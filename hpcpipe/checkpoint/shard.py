@@ -63,7 +63,7 @@ def damage(
 
     ``parts`` are those stored in this file, ``itemsizes`` the bytes per element of each.
     """
-    ends = [p.offset + _bytes(p, size) for p, size in zip(parts, itemsizes, strict=True)]
+    ends = [p.offset + nbytes(p, size) for p, size in zip(parts, itemsizes, strict=True)]
     waiting = sorted(range(len(parts)), key=lambda i: parts[i].offset, reverse=True)
     open_parts: list[int] = []
     sums = [0] * len(parts)
@@ -107,5 +107,6 @@ def _blocks(fd: int) -> Iterator[tuple[int, memoryview]]:
         number += 1
 
 
-def _bytes(part: Part, itemsize: int) -> int:
+def nbytes(part: Part, itemsize: int) -> int:
+    """Bytes that the values of a part take."""
     return int(np.prod(part.extent, dtype=np.int64)) * itemsize

@@ -212,6 +212,7 @@ def _write_piece(file: Any, fd: int, piece: Piece) -> Entry:
     plan.set_layout(h5py.h5d.CONTIGUOUS)
     plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    plan.set_obj_track_times(False)  # the same state gives the same bytes
     link.set_create_intermediate_group(True)
     kind, space = h5py.h5t.py_create(array.dtype), h5py.h5s.create_simple(array.shape)
     try:

@@ -159,8 +159,8 @@ def replay(schedule: Schedule, costs: Costs) -> Timeline:
     return Timeline(tuple(loop.events), len(loop.state.rows))
 
 
-def validate(schedule: Schedule, kinds: Sequence[Kind] = KINDS) -> None:
-    """Raises ScheduleError unless every op of ``kinds`` runs exactly once, on its stage's rank, after what it needs,
+def validate(schedule: Schedule, kinds: Sequence[Kind] = KINDS) -> Timeline:
+    """The timeline with unit costs. Raises ScheduleError unless every op of ``kinds`` runs exactly once, on its stage's rank, after what it needs,
     and the W of each stage run in microbatch order (so that all schedules add the same numbers in the same order).
     """
     name, placement = schedule.name, schedule.placement
@@ -179,8 +179,9 @@ def validate(schedule: Schedule, kinds: Sequence[Kind] = KINDS) -> None:
     missing = [str(op) for op in every if op not in seen]
     if missing:
         some = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
-        raise ScheduleError(f"{name}: {some} missing ({len(missing)} ops)\n{grid(schedule, [-1] * schedule.ranks)}")
-    replay(schedule, Costs.unit(schedule.stages))
+        nowhere = [-1] * schedule.ranks
+        raise ScheduleError(f"{name}: {len(missing)} of {len(every)} ops missing: {some}\n{grid(schedule, nowhere)}")
+    return replay(schedule, Costs.unit(schedule.stages))
 
 
 def _fault(schedule: Schedule, rank: int, op: Op, kinds: Sequence[Kind], added: list[int]) -> str:

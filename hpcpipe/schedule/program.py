@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-from hpcpipe.schedule.engine import Costs, replay, validate
+from hpcpipe.schedule.engine import validate
 from hpcpipe.schedule.op import KINDS, Kind, Op, Schedule, ScheduleError
 from hpcpipe.schedule.slots import Place, Span, colour, in_order, overlap
+from hpcpipe.schedule.timeline import Timeline
 
 # Per stage and microbatch: activation in and out, gradient in and out, what B needs from F, W from F, and W from B.
 POOLS = ("X", "Y", "DY", "DX", "SAVED", "KEPT", "OWED")
@@ -108,8 +109,8 @@ def lower(schedule: Schedule, lifetimes: Sequence[Lifetimes], forward_only: bool
     if 2 * schedule.stages > MAX_TAG:
         raise ScheduleError(f"{schedule.stages} stages need more message tags than MPI's {MAX_TAG}; use fewer stages")
     schedule = schedule.only("F") if forward_only else schedule
-    validate(schedule, KINDS[:1] if forward_only else KINDS)
-    tenancy = _Tenancy(schedule, lifetimes, forward_only)
+    timeline = validate(schedule, KINDS[:1] if forward_only else KINDS)
+    tenancy = _Tenancy(schedule, timeline, lifetimes, forward_only)
     return tuple(_program(tenancy, rank) for rank in range(schedule.ranks))
 
 
@@ -125,12 +126,13 @@ class _Lease(NamedTuple):
 class _Tenancy:
     """Which slot every tensor of every stage and microbatch has, and until when."""
 
-    def __init__(self, schedule: Schedule, lifetimes: Sequence[Lifetimes], forward_only: bool) -> None:
+    def __init__(
+        self, schedule: Schedule, timeline: Timeline, lifetimes: Sequence[Lifetimes], forward_only: bool
+    ) -> None:
         self.schedule, self.lifetimes, self.forward_only = schedule, lifetimes, forward_only
         self.at = {op: i for row in schedule.rows for i, op in enumerate(row)}
         # One order of all ops of all ranks in which each comes after what it needs.
-        events = replay(schedule, Costs.unit(schedule.stages)).events
-        self.turn = {event.op: i for i, event in enumerate(events)}
+        self.turn = {event.op: i for i, event in enumerate(timeline.events)}
         self.leases: dict[tuple[str, int, int], _Lease] = {}
         self.counts: dict[tuple[int, str], int] = {}
         self.edges: list[list[Edge]] = [[] for _ in schedule.rows]

@@ -7,7 +7,7 @@ drawing and the same JSON-lines form serve both, so that a prediction and a meas
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
@@ -17,7 +17,9 @@ from hpcpipe.schedule.op import Op, ScheduleError
 
 # The character that fills an op in a drawing: activations go right, gradients go left, weights stay.
 FILL = {"F": ">", "B": "<", "W": "="}
-LEGEND = "3> forward of microbatch 3   3< input gradient   3= weight gradient"
+LEGEND = ("3> forward of microbatch 3", "3< input gradient", "3= weight gradient")
+# Where an op is narrower than a column, a column shows what most of its time goes to, or that both directions mix.
+DENSE = ("> forward", "< input and weight gradient", "# both", "blank: mostly idle")
 
 
 class Event(NamedTuple):
@@ -103,13 +105,16 @@ def draw(timeline: Timeline, width: int = 96, legend: bool = True) -> str:
     label = len(f"rank {timeline.ranks - 1}")
     scale = _columns_per_time(timeline, max(width - label - len(" || 100 %"), 8))
     columns = round(timeline.makespan * scale)
+    busy = sum(e.end - e.start for e in timeline.events)
+    dense = busy * scale < len(timeline.events)
     lines = []
     for rank, events in enumerate(timeline.by_rank):
-        share = timeline.busy(rank) / timeline.makespan if timeline.makespan > 0 else 0.0
-        body = _row(events, timeline.start, scale, columns)
-        lines.append(f"{f'rank {rank}':<{label}} |{body}| {share:4.0%}".replace("%", " %"))
+        share = 100 * timeline.busy(rank) / timeline.makespan if timeline.makespan > 0 else 0
+        body = (_dense_row if dense else _row)(events, timeline.start, scale, columns)
+        lines.append(f"{f'rank {rank}':<{label}} |{body}| {share:3.0f} %")
     if legend:
-        lines.append(f"{'':<{label}}  {LEGEND}"[:width].rstrip())
+        words = " " * (label + 2) + "   ".join(DENSE if dense else LEGEND)
+        lines += [words] if len(words) <= width else []
     return "\n".join(lines) + "\n"
 
 
@@ -126,7 +131,7 @@ def _columns_per_time(timeline: Timeline, columns: int) -> float:
     return columns / timeline.makespan
 
 
-def _row(events: Iterable[Event], start: float, scale: float, columns: int) -> str:
+def _row(events: Sequence[Event], start: float, scale: float, columns: int) -> str:
     """One rank's ops as characters: the microbatch number where it fits, then the fill of the kind."""
     cells = [" "] * columns
     several = len({e.op.stage for e in events}) > 1
@@ -135,6 +140,28 @@ def _row(events: Iterable[Event], start: float, scale: float, columns: int) -> s
         last = min(round((event.end - start) * scale), columns)
         cells[first:last] = _cell(event.op, last - first, several)
     return "".join(cells)
+
+
+def _dense_row(events: Sequence[Event], start: float, scale: float, columns: int) -> str:
+    """One rank's ops where a column holds several: which directions most of the column's time goes to."""
+    forward, backward = [0.0] * columns, [0.0] * columns
+    for event in events:
+        share = forward if event.op.kind == "F" else backward
+        first, last = (event.start - start) * scale, (event.end - start) * scale
+        for column in range(int(first), min(int(last) + 1, columns)):
+            share[column] += max(min(last, column + 1) - max(first, column), 0.0)
+    return "".join(_shade(forward, backward, column) for column in range(columns))
+
+
+def _shade(forward: Sequence[float], backward: Sequence[float], column: int) -> str:
+    """The character of one column: blank where mostly idle, mixed where both directions are within a column of it."""
+    if forward[column] + backward[column] < 0.5:
+        return " "
+    near = slice(max(column - 1, 0), column + 2)
+    f, b = sum(forward[near]), sum(backward[near])
+    if min(f, b) > 0.1:
+        return "#"
+    return FILL["F"] if f > b else FILL["B"]
 
 
 def _cell(op: Op, room: int, several: bool) -> str:

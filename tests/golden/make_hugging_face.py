@@ -1,6 +1,6 @@
 """Golden files from Hugging Face transformers: tiny models with weights, ids, logits, loss and every gradient, float32.
 
-    python -m tests.golden.make_hugging_face        (needs torch and transformers; writes tests/golden/hugging_face/*.npz)
+    python -m tests.golden.make_hugging_face      (needs torch and transformers; writes tests/golden/hugging_face/*.npz)
 
 Tensors keep Hugging Face's names and shapes; ``ours`` turns them into ours. Weights are larger than at the start of a
 training run, so that no part of a model is nearly linear and no gradient is nearly zero.
@@ -112,7 +112,7 @@ def transformers_model(m: ModelConfig) -> Any:
 
 
 def run(theirs: Any, sequences: np.ndarray) -> dict[str, np.ndarray]:
-    """Logits [batch, length, vocab] for all but the last token, mean loss, and gradients, from ids [batch, length + 1]."""
+    """Logits [batch, length, vocab] of all tokens but the last, mean loss, gradients, from ids [batch, length + 1]."""
     import torch
 
     ids = torch.from_numpy(sequences)

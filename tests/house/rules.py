@@ -182,16 +182,12 @@ def commands(markdown: str) -> list[Command]:
     return found
 
 
-def command_offences(
-    path: str, markdown: str, targets: set[str], verbs: set[str], files: set[str], modules: set[str]
-) -> Iterator[str]:
-    """A document shows only make targets, verbs, scripts and modules that exist."""
+def command_offences(path: str, markdown: str, targets: set[str], files: set[str], modules: set[str]) -> Iterator[str]:
+    """A document shows only make targets, scripts and modules that exist."""
     for line, words in commands(markdown):
         if words[0] == "make" and len(words) > 1 and words[1] not in targets and "=" not in words[1]:
             yield f"{path}:{line} make has no target {words[1]}"
         for before, word in pairwise(words):
-            if before.rsplit("/", 1)[-1] == "hpcpipe" and re.fullmatch(r"[a-z]+", word) and word not in verbs:
-                yield f"{path}:{line} hpcpipe has no verb {word}"
             if before == "-m" and word.split(".")[0] in ("hpcpipe", "benchmarks") and word not in modules:
                 yield f"{path}:{line} there is no module {word}"
         for word in words:

@@ -14,9 +14,7 @@ def door(source, path="hpcpipe/train.py"):
 
 
 def command(markdown):
-    return rules.command_offences(
-        "x.md", markdown, {"test"}, {"train"}, {"slurm/train.sbatch"}, {"hpcpipe", "benchmarks.step"}
-    )
+    return rules.command_offences("x.md", markdown, {"test"}, {"slurm/train.sbatch"}, {"hpcpipe", "benchmarks.step"})
 
 
 def of(rule, *arguments):
@@ -43,7 +41,7 @@ CASES = [
     (of(rules.state_offences), "T = []\ndef f():\n    T.append(1)", "T = []\ndef f(t):\n    t.append(1)"),
     (of(rules.word_offences, ["TBD"]), "# TBD", "# done, see ATBD"),
     (command, "```\nmake tset\n```", "```\nmake test\n```"),
-    (command, "    mpirun -n 2 hpcpipe trian run.toml", "    mpirun -n 2 .venv/bin/hpcpipe train run.toml"),
+    (command, "    python -m hpcpipe.trian run.toml", "    python -m hpcpipe train run.toml"),
     (command, "run `sbatch slurm/tarin.sbatch run.toml`", "run `sbatch slurm/train.sbatch run.toml`, make tea"),
     (command, "run `python -m benchmarks.stpe`", "run `python -m benchmarks.step`"),
 ]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from hpcpipe import model
+from hpcpipe.backends.backend import open_backend
 from hpcpipe.backends.null import record
 from hpcpipe.config import ModelConfig, UserError
 from hpcpipe.layers.attention import Attention
@@ -382,3 +383,16 @@ def test_initial_values_are_a_function_of_seed_and_name() -> None:
     assert abs(up.std() / 0.02 - 1) < 0.015 and abs(up.mean()) < 0.0004
     assert np.all(model.initial("head.norm.weight", specs["head.norm.weight"], 1) == 1)
     assert np.all(model.initial("head.norm.bias", specs["head.norm.bias"], 1) == 0)
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("family", TINY)
+def test_the_native_backend_agrees_on_a_whole_model_with_dropout(family: str, recompute: str) -> None:
+    m = replace(TINY[family], dropout=0.2)
+    expected = model_rig(m, recompute=recompute).clear().run()
+    rig = Rig(model.chain(m, 2, T, scale=1 / N, recompute=recompute), backend=open_backend("cpu", 1)).clear()
+    rig.fill({k: expected[k] for k in (*rig.recording.params, *rig.recording.inputs)}).run()
+    np.testing.assert_allclose(rig["y"], expected["y"], rtol=1e-5)
+    for name in rig.recording.params:
+        largest = np.abs(expected.grad(name)).max()
+        np.testing.assert_allclose(rig.grad(name), expected.grad(name), rtol=0, atol=1e-5 * largest, err_msg=name)

@@ -1,0 +1,116 @@
+"""The case table: per kernel family, the shapes it is tried on, and inputs that make sense for a kernel and a shape.
+
+Shapes are chosen to break things: one of everything, primes, nothing a multiple of 16, a sequence one longer than a block
+of queries, one head, many query heads on one key head; and one or two large enough that every thread gets work.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hpcpipe.backends.kernels import BY_NAME, TABLE, evaluate
+from hpcpipe.backends.reference import FUNCTIONS
+
+Array = np.ndarray
+Env = dict[str, Any]
+
+HYPER = {"warm": (3e-4, 0.9, 0.95, 1e-8, 1 - 0.9**3, 1 - 0.95**3, 0.25, 0), "late": (1e-3, 0.9, 0.999, 1e-8, 1, 1, 1, 0)}
+
+
+def _rows(letters: str, *rows: tuple[float, ...], **fixed: Any) -> list[Env]:
+    return [{**dict(zip(letters.split(), row, strict=True)), **fixed} for row in rows]
+
+
+_MATRIX = _rows("n c", (1, 1), (1, 37), (53, 1), (3, 7), (65, 33), (7, 1000), (301, 127), (64, 768))
+_ATTENTION = _rows(
+    "n t h k d",
+    (1, 1, 1, 1, 1), (7, 7, 1, 1, 4), (6, 3, 3, 1, 2), (65, 65, 2, 2, 8), (128, 64, 4, 4, 32), (10, 5, 6, 3, 5),
+    (260, 130, 8, 2, 16), (193, 193, 4, 1, 33), (64, 1, 3, 3, 7), (600, 300, 6, 6, 64), (1030, 1030, 2, 1, 128),
+)  # fmt: skip
+
+FAMILIES: dict[str, list[Env]] = {
+    "linear": [
+        *_rows("n o c", (1, 1, 1), (1, 65, 33), (65, 1, 7), (33, 65, 1), (3, 5, 7), (100, 65, 128), (129, 384, 100),
+               (768, 128, 128), (130, 1100, 70), (600, 70, 600), (1300, 520, 64), (70, 1, 1), (1, 1, 70)),
+        *_rows("n o c", (5, 3, 9), (200, 130, 100), bias=False),
+    ],
+    "embedding": _rows("n v c", (1, 1, 1), (7, 5, 3), (2, 1100, 4), (301, 65, 127), (300, 3, 1)),
+    "position": _rows("n s c t", (1, 1, 1, 1), (6, 5, 3, 3), (10, 5, 2, 5), (260, 140, 129, 130), (300, 1, 77, 1)),
+    "layernorm": [{**e, "eps": 1e-5} for e in _MATRIX if e["c"] > 1],
+    "rmsnorm": [{**e, "eps": 1e-5} for e in _MATRIX],
+    "gelu": _MATRIX,
+    "swiglu": _rows("n f", (1, 1), (1, 37), (53, 1), (65, 33), (7, 1000), (301, 127)),
+    "rope": _rows("n t h k d", (1, 1, 1, 1, 2), (6, 3, 3, 1, 4), (130, 65, 4, 2, 6), (260, 130, 8, 2, 64), (7, 7, 1, 1, 300),
+                  (70000, 70000, 1, 1, 2), theta=1e4) + _rows("n t h k d", (300, 300, 2, 1, 128), theta=5e5),
+    "attention": _ATTENTION,
+    "add": _MATRIX,
+    "dropout": [{**e, "salt": salt, "p": p, "on": on} for e in _MATRIX[3:7]
+                for salt, p, on in ((3, 0.1, 1), (-5, 0.5, 1), (0, 0.0, 1), (2**62, 0.9, 1), (3, 0.1, 0))],
+    "crossentropy": _rows("n v", (1, 1), (1, 65), (33, 2), (100, 65), (7, 8192), (301, 777), scale=0.125),
+    "accumulate": _rows("n", (1,), (37,), (2049,), (100003,)),
+    "sumsq": _rows("n", (1,), (37,), (2049,), (100003,), (1200007,)),
+    "adamw": [{"n": n, "decay": decay, "hyper": h} for n, decay in ((1, 0.1), (37, 0.0), (2049, 0.1), (100003, 0.1))
+              for h in HYPER],
+}  # fmt: skip
+
+CASES: list[tuple[str, Env]] = [
+    (kernel.name, env) for kernel in TABLE for env in FAMILIES[kernel.name.split("_")[0]]
+]
+
+
+def shapes_of(name: str, env: Env) -> dict[str, tuple[int, ...] | None]:
+    """The shape of every buffer of a kernel; None for a bias that this case leaves out."""
+    return {
+        a.name: None if a.optional and not env.get("bias", True) else tuple(evaluate(s, env) for s in a.shape)
+        for a in BY_NAME[name].buffers
+    }
+
+
+def inputs_of(name: str, env: Env, rng: np.random.Generator) -> dict[str, Array | None]:
+    """Random inputs of a kernel by name, float32 reals; what a backward pass gets from its forward pass comes from there."""
+    shapes = shapes_of(name, env)
+    values: dict[str, Array | None] = {}
+    for a in BY_NAME[name].ins:
+        shape = shapes[a.name]
+        if shape is None:
+            values[a.name] = None
+        elif a.name in ("ids", "targets"):
+            values[a.name] = rng.integers(0, env["v"], size=shape, dtype=np.int32)
+        elif a.name == "key":
+            values[a.name] = np.array([rng.integers(-(2**63), 2**63 - 1), 12, -7, env["on"]], dtype=np.int64)
+        elif a.name == "hyper":
+            values[a.name] = np.array(HYPER[env["hyper"]], dtype=np.float64)
+        else:
+            values[a.name] = (3 if a.name == "logits" else 1) * rng.standard_normal(shape).astype(np.float32)
+    if name == "adamw_step":
+        values["v"] = np.square(values["v"])
+    saved = [a.name for a in BY_NAME[name].ins if a.name in ("mean", "rstd", "lse", "y")]
+    if saved:
+        forward = BY_NAME[name.rpartition("_")[0] + "_fwd"]
+        # dw kernels do not receive the parameters, and what they do receive does not depend on them.
+        given = {a.name: values.get(a.name, np.ones(shape_of_arg)) for a in forward.ins
+                 for shape_of_arg in [tuple(evaluate(s, env) for s in a.shape)]}  # fmt: skip
+        found = reference(forward.name, {**env, "eps": env.get("eps", 0.0)}, given)
+        values |= {s: found[s].astype(np.float32) for s in saved}
+    return values
+
+
+def reference(name: str, env: Env, values: dict[str, Array | None]) -> dict[str, Array]:
+    """What the definition says in float64: outputs and in-out arguments by name. ``values`` stay as they are."""
+    row = BY_NAME[name]
+    buffers: dict[str, Array | None] = {}
+    for a, shape in zip(row.buffers, shapes_of(name, env).values(), strict=True):
+        given = values.get(a.name)
+        if a.role == "out":
+            buffers[a.name] = np.full(shape, np.nan)
+        else:
+            buffers[a.name] = None if given is None else given.astype(np.float64) if a.type == "r" else given.copy()
+    FUNCTIONS[name](*buffers.values(), *(env[s] for s in row.ints + row.reals))
+    return {a.name: b for a in row.buffers if a.role != "in" and (b := buffers[a.name]) is not None}
+
+
+def label(case: tuple[str, Env]) -> str:
+    """A readable test id."""
+    return f"{case[0]}-" + ",".join(f"{k}{v}" for k, v in case[1].items())
