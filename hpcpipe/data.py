@@ -14,6 +14,7 @@ import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ FORMAT = 1
 TOKENIZER = "tokenizer.json"
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # ours and GPT-2's, Llama 3's, Llama 2's, Gemma's
 SPLITS = ("train", "val")
+BLOCK = 1024  # windows whose order is computed at once
 LARGEST_ID = {"uint16": 2**16 - 1, "uint32": 2**31 - 1}  # batches are int32
 
 Ids = NDArray[np.int32]
@@ -51,6 +53,14 @@ def permute(positions: NDArray[Any], size: int, seed: int, epoch: int) -> NDArra
         walked[outside] = _feistel(walked[outside], keys, half, mask)
         outside = walked >= np.uint64(size)
     return walked.astype(np.int64)
+
+
+@lru_cache(maxsize=64)
+def _block(size: int, seed: int, epoch: int, number: int) -> NDArray[np.int64]:
+    """Positions [number*BLOCK, (number+1)*BLOCK) of an epoch's order; file order for epoch -1. A step asks for few at a
+    time, and a thousand cost as much as one."""
+    positions = np.arange(number * BLOCK, min(size, (number + 1) * BLOCK))
+    return positions if epoch < 0 else permute(positions, size, seed, epoch)
 
 
 def _feistel(x: Words, keys: Words, half: np.uint64, mask: np.uint64) -> Words:
@@ -171,12 +181,15 @@ class Dataset:
 
     def order(self, split: str, first: int, count: int, length: int, seed: int) -> NDArray[np.int64]:
         """The windows of sequences first, first + 1, ..., also across the end of an epoch; int64 [count]."""
-        size = self.windows(split, length)
-        epoch, place = np.divmod(np.arange(first, first + count, dtype=np.int64), size)
-        if split == "train":
-            for e in np.unique(epoch):
-                place[epoch == e] = permute(place[epoch == e], size, seed, int(e))
-        return place
+        size, at = self.windows(split, length), 0
+        order = np.empty(count, np.int64)
+        while at < count:
+            epoch, place = divmod(first + at, size)
+            block = _block(size, seed, epoch if split == "train" else -1, place // BLOCK)[place % BLOCK :]
+            n = min(len(block), count - at)
+            order[at : at + n] = block[:n]
+            at += n
+        return order
 
     def verify(self) -> None:
         """Read every byte and compare with the checksums; UserError names the file that differs."""
@@ -284,7 +297,7 @@ def _tokens(path: Path, count: int, dtype: str, split: str) -> NDArray[Any]:
             )
         if not count and split == "train":
             raise UserError(f"data: {path} is empty: there is nothing to train on; prepare some text")
-        return np.memmap(path, kind, "r") if count else np.empty(0, kind)
+        return np.asarray(np.memmap(path, kind, "r")) if count else np.empty(0, kind)
     except FileNotFoundError:
         raise UserError(f"data: {path} is missing; run `hpcpipe prepare` again") from None
     except OSError as error:

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hpcpipe import model
+from hpcpipe.backends.backend import open_backend
 from hpcpipe.backends.null import record
 from hpcpipe.checkpoint.read import Checkpoint
 from hpcpipe.comm.local import LocalWorld
-from hpcpipe.config import ModelConfig
+from hpcpipe.config import ModelConfig, loads
+from hpcpipe.data import TOKENIZER
 from hpcpipe.runtime import arena
 from hpcpipe.runtime.executor import Executor, Stage
 from hpcpipe.schedule.program import POOLS, Instruction, Slot
 
 
+def open_predictor(path: str, tokens: int) -> tuple[Predictor, Path]:
+    """A model from a checkpoint or run folder, for texts of up to ``tokens`` tokens, and its tokenizer's file."""
+    checkpoint = Checkpoint.open(path)
+    config = loads(str(checkpoint.attributes["config"]), f"the config in {checkpoint.path}")
+    length = min(config.model.context, -(-max(tokens, 1) // 64) * 64)
+    predictor = Predictor(checkpoint, config.model, length, open_backend(config.device.backend, config.device.threads))
+    return predictor, checkpoint.path.parent / TOKENIZER
+
+
 class Predictor:
     """The logits of one sequence. Weights are read from any checkpoint, whatever the layout it was written on."""
 
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, backend: Any) -> None:
-        self.length = config.context
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, length: int, backend: Any) -> None:
+        """``length`` is the longest sequence that will be asked for; every call costs a forward pass over that many tokens."""
+        self.length = length
         chain = model.chain(config, 1, self.length, scale=1.0, logits=True)
         recording = record(chain, None, backward=False)
         params = arena.parameters({0: chain}, model.ties(config), 1)

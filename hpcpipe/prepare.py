@@ -254,7 +254,6 @@ class Output:
             for block in writer.blocks(begin, writer.tokens):
                 held.write(block)
         if end > train.tokens:
-            train.stream.seek(0, os.SEEK_END)
             for block in val.blocks(0, end - train.tokens):
                 train.write(block)
         else:

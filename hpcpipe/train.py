@@ -7,6 +7,7 @@ the step and in one small sum after it. ``train`` is the loop; ``Job`` is what h
 from __future__ import annotations
 
 import platform
+import shutil
 import signal
 import threading
 import time
@@ -23,7 +24,7 @@ from hpcpipe.checkpoint import read, write
 from hpcpipe.checkpoint.layout import KINDS
 from hpcpipe.comm.link import Link
 from hpcpipe.config import Config, UserError, digest, grid, loads, results_digest, to_toml
-from hpcpipe.data import Dataset
+from hpcpipe.data import TOKENIZER, Dataset
 from hpcpipe.placement import cores
 from hpcpipe.planner.plan import Plan, plan, resolve
 from hpcpipe.progress import Progress, clock
@@ -48,9 +49,9 @@ class Step(NamedTuple):
 
 def train(config: Config, link: Link) -> float:
     """Trains until ``train.steps`` or until a signal asks to stop; returns the last loss."""
-    job = Job(config, link)
     loss, stop = float("nan"), False
     with signals() as asked:
+        job = Job(config, link)
         job.evaluate(job.step)
         for step in range(job.step, job.config.train.steps):
             began = time.perf_counter()
@@ -63,7 +64,7 @@ def train(config: Config, link: Link) -> float:
                 job.save(step + 1, loss)
             if stop:
                 break
-    job.close(loss, stop)
+        job.close(loss, stop)
     return loss
 
 
@@ -75,7 +76,18 @@ def signals() -> Iterator[list[int]]:
         yield asked
         return
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = [signal.signal(n, lambda number, _: asked.append(number)) for n in numbers]
+    before = [signal.getsignal(n) for n in numbers]
+
+    def note(number: int, _: object) -> None:
+        if asked and time.monotonic() - when[0] > 1:  # asked again: at once then (a launcher may send the first one twice)
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        asked.append(number)
+        when.append(time.monotonic())
+
+    when: list[float] = []
+    for number in numbers:
+        signal.signal(number, note)
     try:
         yield asked
     finally:
@@ -92,12 +104,13 @@ class Job:
         threads = self._threads(config)
         self._prepare(config, threads)
         self._check_alike()
-        stages = self.plan.schedule.placement
-        self.replica, self.place = divmod(link.rank, len(self.plan.ranks))
+        ranks, replicas = len(self.plan.ranks), self.plan.replicas
+        self.replica, self.place = divmod(link.rank, ranks)
         self.mine = self.plan.ranks[self.place]
-        self.holders = [link.rank - self.place + r for r in stages]  # stage -> rank, within this replica
-        peers = [r * len(self.plan.ranks) + self.place for r in range(self.plan.replicas)]
-        self.group = link.group(peers) if self.plan.replicas > 1 else None
+        # My pipeline, whose ranks the programs speak of, and the ranks that hold my stages in the other replicas.
+        first = link.rank - self.place
+        self.pipeline = link.group(range(first, first + ranks)) if replicas > 1 else link
+        self.peers = link.group(range(self.place, link.size, ranks)) if replicas > 1 else None
         self._find()
         self._together(self._allocate)
         self._together(self._load)
@@ -130,9 +143,7 @@ class Job:
             self.backend = open_backend(config.device.backend, threads)
             self.plan: Plan = plan(self.config, self.link.size, threads, self.backend.real)
             self.out = Path(config.out)
-            self.data.windows("train", self.config.train.length)
-            if self.config.eval.every:
-                self.data.windows("val", self.config.train.length)
+            self.data.check(self.config)
 
         self._together(work)
 
@@ -151,12 +162,13 @@ class Job:
         p, mine, config = self.plan, self.mine, self.config
         _check_memory(mine.memory.total, self.link)
         stages = {s: Stage(p.stages[s].recording, mine.layouts[s]) for s in mine.stages}
-        self.executor = Executor(mine.memory, stages, self.backend, self.link)
-        self.reducer = Reducer(self.executor, mine.params, self.group)
+        self.executor = Executor(mine.memory, stages, self.backend, self.pipeline)
+        self.reducer = Reducer(self.executor, mine.params, self.peers)
         self.program = self.executor.bind(mine.program, self.reducer.stage)
         self.evaluation = self.executor.bind(mine.evaluation, tags=TAGS_OF_EVALUATION) if mine.evaluation else None
         self.optimizer = AdamW(self.executor, mine.params, config.optimizer, p.names)
-        self.ties = [(copy, self.holders[p.stage_of(copy)], self.holders[p.stage_of(owner)]) for copy, owner in p.ties.items()]
+        where = p.schedule.placement
+        self.ties = [(copy, where[p.stage_of(copy)], where[p.stage_of(owner)]) for copy, owner in p.ties.items()]
         self.totals = np.zeros(len(p.names) + p.replicas + 3)
         self.inputs = [
             [self.executor.input(name, m) for name in ("ids", "targets", "key")]
@@ -174,6 +186,8 @@ class Job:
                     self.out.mkdir(parents=True, exist_ok=True)
                 except OSError as error:
                     raise UserError(f"out: {self.out} cannot be made: {error.strerror}; choose another folder") from None
+                if self.data.tokenizer.is_file():
+                    shutil.copyfile(self.data.tokenizer, self.out / TOKENIZER)
                 checkpoint, warnings = read.newest_good(self.out)
                 found = (checkpoint.path if checkpoint else None, warnings)
 
@@ -258,8 +272,8 @@ class Job:
         """Sums what crosses ranks, clips, updates. One sum over all ranks carries norm, loss, clock and the wish to stop."""
         self.reducer.tied_copies()
         for copy, *ends in self.ties:
-            if self.link.rank in ends:
-                self.reducer.tie(copy, ends[0] if self.link.rank == ends[1] else ends[1])
+            if self.place in ends:
+                self.reducer.tie(copy, ends[0] if self.place == ends[1] else ends[1])
         names, totals = len(self.plan.names), self.totals
         totals[:] = 0
         if self.replica == 0:
@@ -339,7 +353,7 @@ class Job:
             "step": step,
             "tokens": step * self.plan.tokens,
             "loss": loss,
-            "tokenizer": str(self.data.tokenizer or ""),
+            "data_digest": self.data.digest,
         }
 
     def close(self, loss: float, stopped: bool) -> None:

@@ -41,7 +41,7 @@ def run_toml(data: Path, out: Path, model: str = "llama", **settings: object) ->
     """The TOML of a small run; ``settings`` are section__key=value."""
     tables: dict[str, dict[str, object]] = {
         "train": {"steps": 4, "batch": 12, "microbatch": 2, "length": 16},
-        "optimizer": {"lr": 0.01, "warmup": 2},
+        "optimizer": {"lr": 0.01, "warmup": 1},
         "device": {"threads": 1},
     }
     for key, value in settings.items():

@@ -68,9 +68,9 @@ def library(level: str) -> Path:
 def prepare_environment() -> None:
     """Settings that the libraries read when they are loaded; one that the user made stays.
 
-    OpenBLAS takes processors it does not know for a Haswell and leaves half of an AVX-512 machine unused. A team that
-    waits for its next loop spins for about 50 microseconds, not milliseconds: with more ranks than cores it would hold
-    up the others.
+    OpenBLAS knows AVX-512 processors newer than itself by this name, and a Haswell's products take twice as long on one. A
+    thread that waits for its team's next loop spins for about 100 microseconds, not for milliseconds: with more ranks
+    than cores it would hold up the others.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

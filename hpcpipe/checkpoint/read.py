@@ -26,7 +26,7 @@ STEP = re.compile(r"step_(\d{8,})")
 def step_folders(out: Path | str) -> list[Path]:
     """All step folders of a run, complete or not, by step."""
     try:
-        found = [f for f in Path(out).iterdir() if STEP.fullmatch(f.name) and f.is_dir()]
+        found = [f for f in Path(out).iterdir() if STEP.fullmatch(f.name)]
     except OSError:
         return []
     return sorted(found, key=lambda f: int(f.name[5:]))
@@ -34,14 +34,14 @@ def step_folders(out: Path | str) -> list[Path]:
 
 def complete(out: Path | str) -> list[Path]:
     """The step folders of a run that were committed, newest last; whether they are still good, ``verify`` says."""
-    return [f for f in step_folders(out) if (f / master.FILE).is_file()]
+    return [f for f in step_folders(out) if _committed(f)]
 
 
 def newest_good(out: Path | str, deep: bool = True) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint of a run folder that verifies, and a sentence for each newer one that was passed over."""
     warnings: list[str] = []
     for folder in reversed(step_folders(out)):
-        if not (folder / master.FILE).is_file():
+        if not _committed(folder):
             warnings.append(f"checkpoint: {folder.name} is passed over: it was never finished (no {master.FILE})")
             continue
         try:
@@ -186,7 +186,7 @@ def _folder(path: Path) -> Path:
     """The step folder meant by a path; UserError names what is there instead."""
     if path.name == master.FILE:
         return path.parent
-    if (path / master.FILE).is_file():
+    if _committed(path):
         return path
     if found := complete(path):
         return found[-1]
@@ -195,6 +195,13 @@ def _folder(path: Path) -> Path:
     if STEP.fullmatch(path.name):
         raise UserError(f"checkpoint: {path} was never finished (it has no {master.FILE}); use an earlier one")
     raise UserError(f"checkpoint: there is no finished checkpoint in {path}")
+
+
+def _committed(folder: Path) -> bool:
+    try:
+        return (folder / master.FILE).is_file()
+    except OSError:  # the disk does not answer: nothing to build on
+        return False
 
 
 def _number(folder: Path) -> int:

@@ -21,10 +21,11 @@ import h5py
 import numpy as np
 
 from hpcpipe.checkpoint import layout, master, read, shard
+from hpcpipe.checkpoint.headers import PAGE, Headers
 from hpcpipe.checkpoint.layout import Entry, ShardRecord
 from hpcpipe.config import UserError
 
-ALIGNMENT = 4096  # bytes; large datasets begin on a page
+LARGE = 1 << 16  # bytes; datasets from here on begin on a page
 OURS = re.compile(r"(shard_\d+(\.\d+)?|master)\.h5(\.part)?")
 
 
@@ -171,28 +172,21 @@ def _check(folder: Path, records: Sequence[ShardRecord]) -> None:
 def _write(part: Path, index: int, pieces: Iterable[Piece]) -> tuple[list[Entry], list[int], int]:
     """(entries, block sums, bytes) of a shard written and synced under its temporary name.
 
-    HDF5 lays out the file and writes the headers; the values go to their place in it with pwrite, summed on the way.
+    HDF5 lays out the file and makes the headers; the values go to their place in it with pwrite, summed on the way.
     """
-    file = h5py.File(
-        part, "w", libver=master.LIBVER, locking=False, alignment_threshold=1 << 16, alignment_interval=ALIGNMENT
-    )
-    fd = os.open(part, os.O_RDWR)
+    headers, entries = Headers(), []
+    fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
-        file.attrs["about"] = "part of a checkpoint: open master.h5 beside this file"
-        file.attrs["shard"] = index
-        entries: list[Entry] = []
-        for piece in pieces:
-            entries.append(_write_piece(file, fd, piece))
-        file.close()
+        with h5py.File(headers, "w", libver=master.LIBVER, alignment_threshold=LARGE, alignment_interval=PAGE) as file:
+            file.attrs["about"] = "part of a checkpoint: open master.h5 beside this file"
+            file.attrs["shard"] = index
+            for piece in pieces:
+                entries.append(_write_piece(file, fd, piece))
+        for offset, data in headers.written():
+            shard.write_at(fd, data, offset)
+        os.ftruncate(fd, headers.size)
         os.fsync(fd)
-        return entries, shard.block_sums(fd), os.fstat(fd).st_size
-    except BaseException:
-        # Give the space back first: on a full disk HDF5 cannot write its headers, and what it cannot close stays open.
-        with suppress(OSError):
-            os.ftruncate(fd, 0)
-        with suppress(OSError, RuntimeError):
-            file.close()
-        raise
+        return entries, shard.block_sums(fd), headers.size
     finally:
         os.close(fd)
 

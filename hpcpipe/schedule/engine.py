@@ -160,8 +160,9 @@ def replay(schedule: Schedule, costs: Costs) -> Timeline:
 
 
 def validate(schedule: Schedule, kinds: Sequence[Kind] = KINDS) -> Timeline:
-    """The timeline with unit costs. Raises ScheduleError unless every op of ``kinds`` runs exactly once, on its stage's rank, after what it needs,
-    and the W of each stage run in microbatch order (so that all schedules add the same numbers in the same order).
+    """Proves the schedule; returns its timeline with unit costs. Raises ScheduleError unless every op of ``kinds`` runs
+    exactly once, on its stage's rank, after what it needs, and the W of each stage run in microbatch order (so that all
+    schedules add the same numbers in the same order).
     """
     name, placement = schedule.name, schedule.placement
     if sorted(set(placement)) != list(range(schedule.ranks)):

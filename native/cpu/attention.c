@@ -16,6 +16,8 @@
 /* Row stride of a block of scores: not a power of two, whose rows would share a few cache sets. The table's expression for
  * `work` is two such blocks. */
 #define HP_STRIDE(t) ((t) + 32)
+/* Rows of scores are worked on in whole vectors: up to 15 numbers beyond `end`, which no product reads. */
+#define HP_WHOLE(end) (((end) + 15) / 16 * 16)
 
 /* One head of one sequence, and the block of its queries [first, first + rows), which see keys [0, end). */
 typedef struct {
@@ -48,33 +50,31 @@ static void scores(float *s, int64_t width, const block *b) {
 }
 
 /* Scores of one row become exp(score - max), zero beyond its `seen` keys; returns their sum, and the maximum. */
-static float weights(float *restrict s, int64_t seen, int64_t end, float *maximum) {
+static float weights(float *restrict s, int64_t seen, int64_t whole, float *maximum) {
   float top = s[0], sum = 0;
+  for (int64_t j = seen; j < whole; j++) s[j] = -INFINITY;
 #pragma omp simd reduction(max : top)
-  for (int64_t j = 0; j < seen; j++) top = s[j] > top ? s[j] : top;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < seen; j++) {
-    s[j] = hp_exp(s[j] - top);
-    sum += s[j];
-  }
-  for (int64_t j = seen; j < end; j++) s[j] = 0;
+  for (int64_t j = 0; j < whole; j++) top = s[j] > top ? s[j] : top;
+#pragma omp simd
+  for (int64_t j = 0; j < whole; j++) s[j] = hp_exp(s[j] - top);
+  HP_SUM(sum, whole, s[j]);
   *maximum = top;
   return sum;
 }
 
 static void forward_block(float *y, float *lse, const block *b, int64_t h, float *s, int64_t width) {
-  float inverse[HP_QUERIES];
   const int64_t across = h * b->d;
+  float top[HP_QUERIES], sum[HP_QUERIES];
   scores(s, width, b);
+  for (int64_t i = 0; i < b->rows; i++) sum[i] = weights(s + i * width, b->first + i + 1, HP_WHOLE(b->end), &top[i]);
   for (int64_t i = 0; i < b->rows; i++) {
-    float top, sum = weights(s + i * width, b->first + i + 1, b->end, &top);
-    lse[(b->first + i) * h] = top + logf(sum);
-    inverse[i] = 1.0f / sum;
+    lse[(b->first + i) * h] = top[i] + hp_log(sum[i]);
+    sum[i] = 1.0f / sum[i];
   }
   float *out = y + b->first * across;
   hp_sgemm(CblasNoTrans, CblasNoTrans, b->rows, b->d, b->end, 1, s, width, b->v, b->stride, 0, out, across);
   for (int64_t i = 0; i < b->rows; i++)
-    for (int64_t j = 0; j < b->d; j++) out[i * across + j] *= inverse[i];
+    for (int64_t j = 0; j < b->d; j++) out[i * across + j] *= sum[i];
 }
 
 void hp_attention_fwd(float *y, float *lse, const float *qkv, int64_t n, int64_t t, int64_t h, int64_t k, int64_t d,
@@ -92,19 +92,21 @@ void hp_attention_fwd(float *y, float *lse, const float *qkv, int64_t n, int64_t
 }
 
 /* From scores and dP: p = exp(s - lse) in place of the scores, dS = p (dP - D) in place of dP; zero where not seen. */
-static void slopes(float *restrict s, float *restrict ds, int64_t seen, int64_t end, float lse, float delta) {
+static void slopes(float *restrict s, float *restrict ds, int64_t seen, int64_t whole, float lse, float delta) {
+  for (int64_t j = seen; j < whole; j++) {
+    s[j] = -INFINITY;
+    ds[j] = 0;
+  }
 #pragma omp simd
-  for (int64_t j = 0; j < seen; j++) {
+  for (int64_t j = 0; j < whole; j++) {
     s[j] = hp_exp(s[j] - lse);
     ds[j] = s[j] * (ds[j] - delta);
   }
-  for (int64_t j = seen; j < end; j++) s[j] = ds[j] = 0;
 }
 
 static float dot(const float *restrict a, const float *restrict b, int64_t d) {
   float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < d; j++) sum += a[j] * b[j];
+  HP_SUM(sum, d, a[j] * b[j]);
   return sum;
 }
 
@@ -117,7 +119,7 @@ static void backward_block(float *dq, float *dk, float *dv, const float *dy, con
   scores(s, width, b);
   hp_sgemm(CblasNoTrans, CblasTrans, b->rows, b->end, b->d, 1, up, across, b->v, b->stride, 0, ds, width);
   for (int64_t i = 0; i < b->rows; i++)
-    slopes(s + i * width, ds + i * width, b->first + i + 1, b->end, lse[(b->first + i) * h],
+    slopes(s + i * width, ds + i * width, b->first + i + 1, HP_WHOLE(b->end), lse[(b->first + i) * h],
         dot(up + i * across, out + i * across, b->d));
   hp_sgemm(CblasTrans, CblasNoTrans, b->end, b->d, b->rows, 1, s, width, up, across, beta, dv, b->stride);
   hp_sgemm(CblasTrans, CblasNoTrans, b->end, b->d, b->rows, b->scale, ds, width, b->q + b->first * b->stride, b->stride,

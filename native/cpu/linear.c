@@ -11,30 +11,42 @@
  */
 #include "team.h"
 
-/* A side of at most HP_TILE keeps a tile's operands in a core's second-level cache; HP_TILES balances small teams;
- * below HP_TILE_WORK multiply-adds a tile is not worth a call of its own. All three measured. */
+/* A tile of m x k outputs over a depth of K costs K (m k + HP_PACK (m + k)) + HP_CALL multiply-adds: BLAS first copies its
+ * operands into the order it wants. A side of at most HP_TILE keeps them in a core's second-level cache; waking a team
+ * costs HP_WAKE. All four measured. */
 #define HP_TILE 512
-#define HP_TILES 8
-#define HP_TILE_WORK (128 * 128 * 128)
+#define HP_PACK 25
+#define HP_CALL 65536
+#define HP_WAKE 262144
 
 typedef struct { int64_t rows, cols, down, across; } tiling;
 
-/* The larger side is cut into about HP_TILES parts, both sides into parts of at most HP_TILE, in multiples of 64. */
-static int64_t part(int64_t side, int64_t parts) {
-  const int64_t even = parts > 1 && parts % 2 ? parts + 1 : parts; /* an odd number leaves one of two threads idle */
-  return HP_MAX(64, ((side + even - 1) / even + 63) / 64 * 64);
-}
-
-static tiling tiles(int64_t rows, int64_t cols, int64_t depth) {
-  const int64_t larger = HP_MAX(rows, cols), smaller = HP_MIN(rows, cols);
-  const int64_t worth = larger * smaller * depth / HP_TILE_WORK;
-  const int64_t needed = (larger + HP_TILE - 1) / HP_TILE;
-  const int64_t wide = part(larger, HP_MAX(needed, HP_MAX(1, HP_MIN(HP_TILES, worth))));
-  const int64_t narrow = part(smaller, (smaller + HP_TILE - 1) / HP_TILE);
-  tiling t = {rows >= cols ? wide : narrow, rows >= cols ? narrow : wide, 0, 0};
+static tiling cut(int64_t rows, int64_t cols, int64_t down, int64_t across) {
+  tiling t = {((rows + down - 1) / down + 15) / 16 * 16, ((cols + across - 1) / across + 15) / 16 * 16, 0, 0};
   t.down = (rows + t.rows - 1) / t.rows;
   t.across = (cols + t.cols - 1) / t.cols;
   return t;
+}
+
+/* What a product costs teams of 1, 2 and 4 in all: small products are shared evenly by them, large ones have tiles for any. */
+static double cost(tiling t, int64_t depth) {
+  const int64_t count = t.down * t.across;
+  const double tile = (double)depth * (double)(t.rows * t.cols + HP_PACK * (t.rows + t.cols)) + HP_CALL;
+  return (double)(count + 2 * ((count + 1) / 2) + 4 * ((count + 3) / 4)) * tile + (count > 1 ? HP_WAKE : 0);
+}
+
+static tiling tiles(int64_t rows, int64_t cols, int64_t depth) {
+  static const int64_t finer[] = {1, 2, 3, 4, 6, 8};
+  const int64_t down = (rows + HP_TILE - 1) / HP_TILE, across = (cols + HP_TILE - 1) / HP_TILE;
+  tiling best = cut(rows, cols, down, across);
+  double least = cost(best, depth);
+  for (int i = 0; i < 6 && (i == 0 || rows / (down * finer[i]) >= 48); i++)
+    for (int j = 0; j < 6 && (j == 0 || cols / (across * finer[j]) >= 48); j++) {
+      const tiling t = cut(rows, cols, down * finer[i], across * finer[j]);
+      const double c = cost(t, depth);
+      if (c < least) best = t, least = c;
+    }
+  return best;
 }
 
 /* One loop for the three passes; the body sees a tile's origin (i, j) and size (m, k). */

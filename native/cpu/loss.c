@@ -17,15 +17,13 @@ static float row(float *restrict x, int64_t target, int64_t v, float scale) {
 #pragma omp simd reduction(max : top)
   for (int64_t j = 0; j < v; j++) top = x[j] > top ? x[j] : top;
   const float chosen = target < v ? x[target] - top : NAN;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < v; j++) {
-    x[j] = hp_exp(x[j] - top);
-    sum += x[j];
-  }
+#pragma omp simd
+  for (int64_t j = 0; j < v; j++) x[j] = hp_exp(x[j] - top);
+  HP_SUM(sum, v, x[j]);
   const float factor = target < v ? scale / sum : NAN;
   for (int64_t j = 0; j < v; j++) x[j] *= factor;
   if (target < v) x[target] -= scale;
-  return logf(sum) - chosen;
+  return hp_log(sum) - chosen;
 }
 
 void hp_crossentropy_fwd(double *loss, float *nll, float *logits, const int32_t *targets, int64_t n, int64_t v,

@@ -17,11 +17,9 @@ void hp_layernorm_fwd(float *y, float *mean, float *rstd, const float *x, const 
     const float *restrict row = x + i * c;
     float *restrict to = y + i * c;
     float sum = 0, squares = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < c; j++) sum += row[j];
+    HP_SUM(sum, c, row[j]);
     const float m = sum / (float)c;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t j = 0; j < c; j++) squares += (row[j] - m) * (row[j] - m);
+    HP_SUM(squares, c, (row[j] - m) * (row[j] - m));
     const float r = 1.0f / sqrtf(squares / (float)c + eps);
     for (int64_t j = 0; j < c; j++) to[j] = (row[j] - m) * r * w[j] + b[j];
     mean[i] = m;
@@ -37,11 +35,8 @@ void hp_layernorm_dx(float *dx, const float *dy, const float *x, const float *w,
     float *restrict to = dx + i * c;
     const float m = mean[i], r = rstd[i];
     float g = 0, gu = 0;
-#pragma omp simd reduction(+ : g, gu)
-    for (int64_t j = 0; j < c; j++) {
-      g += up[j] * w[j];
-      gu += up[j] * w[j] * ((row[j] - m) * r);
-    }
+    HP_SUM(g, c, up[j] * w[j]);
+    HP_SUM(gu, c, up[j] * w[j] * ((row[j] - m) * r));
     g /= (float)c;
     gu /= (float)c;
     for (int64_t j = 0; j < c; j++) to[j] = r * (up[j] * w[j] - g - (row[j] - m) * r * gu);
@@ -66,8 +61,7 @@ void hp_rmsnorm_fwd(float *y, float *rstd, const float *x, const float *w, int64
     const float *restrict row = x + i * c;
     float *restrict to = y + i * c;
     float squares = 0;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t j = 0; j < c; j++) squares += row[j] * row[j];
+    HP_SUM(squares, c, row[j] * row[j]);
     const float r = 1.0f / sqrtf(squares / (float)c + eps);
     for (int64_t j = 0; j < c; j++) to[j] = row[j] * r * w[j];
     rstd[i] = r;
@@ -81,8 +75,7 @@ void hp_rmsnorm_dx(float *dx, const float *dy, const float *x, const float *w, c
     float *restrict to = dx + i * c;
     const float r = rstd[i];
     float gu = 0;
-#pragma omp simd reduction(+ : gu)
-    for (int64_t j = 0; j < c; j++) gu += up[j] * w[j] * (row[j] * r);
+    HP_SUM(gu, c, up[j] * w[j] * (row[j] * r));
     gu /= (float)c;
     for (int64_t j = 0; j < c; j++) to[j] = r * (up[j] * w[j] - row[j] * r * gu);
   }

@@ -20,9 +20,13 @@ void hp_sumsq(double *s, const float *x, int64_t n) {
   const int64_t size = HP_MAX(HP_PIECE, ((n + HP_BLOCKS - 1) / HP_BLOCKS + 63) / 64 * 64), blocks = (n + size - 1) / size;
 #pragma omp parallel for schedule(static) if (n > HP_GRAIN)
   for (int64_t i = 0; i < blocks; i++) {
-    double sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t e = i * size; e < HP_MIN(n, (i + 1) * size); e++) sum += (double)x[e] * (double)x[e];
+    const int64_t end = HP_MIN(n, (i + 1) * size);
+    double lanes[HP_LANES] = {0}, sum = 0;
+    int64_t e = i * size;
+    for (; e + HP_LANES <= end; e += HP_LANES)
+      for (int64_t l = 0; l < HP_LANES; l++) lanes[l] += (double)x[e + l] * (double)x[e + l];
+    for (; e < end; e++) sum += (double)x[e] * (double)x[e];
+    for (int64_t l = 0; l < HP_LANES; l++) sum += lanes[l];
     sums[i] = sum;
   }
   for (int64_t i = 0; i < blocks; i++) total += sums[i];

@@ -5,7 +5,9 @@
  * softmax tails and cost a hundred cycles each. The caller's own mode is given back to it after each hp_run.
  * No allocation happens after hp_init: BLAS maps one buffer per thread on first use, so hp_init makes each thread use it once.
  */
+#define _GNU_SOURCE
 #include <stdlib.h>
+#include <sys/mman.h>
 #include "team.h"
 #if defined(__x86_64__) || defined(__i386__)
 #include <xmmintrin.h>
@@ -64,14 +66,17 @@ void hp_run(const hp_call *calls, int64_t n, char *arena, const int64_t *bases, 
 
 /* Products of 512 x 512, one after the other in every thread at once, for about `seconds`. The only place that allocates. */
 double hp_matmul_peak(double seconds) {
-  enum { SIDE = 512 };
-  const size_t size = (size_t)SIDE * SIDE;
+  enum { SIDE = 512, HUGE_PAGE = 2 << 20 };
+  const size_t size = (size_t)SIDE * SIDE, bytes = (3 * size * sizeof(float) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
   const uint64_t before = flush_to_zero();
   int64_t products = 0;
   double elapsed = 0;
 #pragma omp parallel num_threads(HP_MAX(1, team)) reduction(+ : products) reduction(max : elapsed)
   {
-    float *a = aligned_alloc(64, 3 * size * sizeof *a);
+    float *a = aligned_alloc(HUGE_PAGE, bytes);
+#ifdef MADV_HUGEPAGE
+    if (a) (void)madvise(a, bytes, MADV_HUGEPAGE); /* as the arena of a run has them, where the system does */
+#endif
     for (size_t e = 0; a && e < 3 * size; e++) a[e] = 1.0f / (float)(1 + e % 7);
 #pragma omp barrier
     const double start = omp_get_wtime();

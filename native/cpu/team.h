@@ -37,9 +37,39 @@ static inline void hp_sgemm(enum CBLAS_TRANSPOSE ta, enum CBLAS_TRANSPOSE tb, in
       beta, c, (blasint)ldc);
 }
 
+/* sum += terms over j in [0, n): HP_LANES running sums, added in pairs at the end. The compiler, left to itself, either keeps
+ * one running sum or adds the lanes of a vector one by one. */
+#define HP_LANES 32
+typedef float hp_vector16 __attribute__((vector_size(64), aligned(4)));
+typedef float hp_vector8 __attribute__((vector_size(32), aligned(4)));
+typedef float hp_vector4 __attribute__((vector_size(16), aligned(4)));
+static inline float hp_sum_lanes(const float *lane) {
+  hp_vector16 a, b;
+  hp_vector8 c, d;
+  hp_vector4 e, f;
+  memcpy(&a, lane, sizeof a), memcpy(&b, lane + 16, sizeof b);
+  a += b;
+  memcpy(&c, &a, sizeof c), memcpy(&d, (const char *)&a + sizeof d, sizeof d);
+  c += d;
+  memcpy(&e, &c, sizeof e), memcpy(&f, (const char *)&c + sizeof f, sizeof f);
+  e += f;
+  return (e[0] + e[2]) + (e[1] + e[3]);
+}
+#define HP_SUM(sum, n, term)                                                          \
+  do {                                                                                \
+    float lane_[HP_LANES] = {0};                                                      \
+    int64_t first_ = 0;                                                               \
+    for (; first_ + HP_LANES <= (n); first_ += HP_LANES)                              \
+      for (int64_t l_ = 0; l_ < HP_LANES; l_++) {                                     \
+        const int64_t j = first_ + l_;                                                \
+        lane_[l_] += (term);                                                          \
+      }                                                                               \
+    for (int64_t j = first_; j < (n); j++) lane_[j - first_] += (term);               \
+    sum += hp_sum_lanes(lane_);                                                       \
+  } while (0)
+
 /* Sums over rows: columns go in chunks of HP_LANES whose sums stay in registers, rows in blocks of HP_ROWS whose sums are
  * then added to the result. A column's additions have one order, wherever its chunk is computed. */
-#define HP_LANES 32
 #define HP_ROWS 64
 static inline int64_t hp_column_slab(int64_t c) {
   const int64_t share = (c + omp_get_max_threads() - 1) / omp_get_max_threads();

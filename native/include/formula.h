@@ -30,15 +30,12 @@ HP_FN int32_t hp_bits_of(float value) {
 }
 
 /* exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2, the polynomial of Cephes' expf; within 2 ulp.
- * Below -87.33 it is 0 (the result would be subnormal), above 88.37 it stays at 2.4e38. */
+ * Below -87.33 it is 0 (the result would be subnormal), above 88.37 infinite. */
 HP_FN float hp_exp(float x) {
-  const float high = 88.3762626647949f, low = -87.3365447505531f;
   const float round = 12582912.0f; /* 1.5 * 2^23: adding it leaves the rounded integer in the low bits of the mantissa */
-  float a = x > high ? high : x;
-  a = a < low ? low : a;
-  const float z = a * 1.44269504088896341f + round;
+  const float z = x * 1.44269504088896341f + round;
   const float n = z - round;
-  float r = a - n * 0.693359375f; /* ln 2 in two parts: the first product is exact */
+  float r = x - n * 0.693359375f; /* ln 2 in two parts: the first product is exact */
   r = r - n * -2.12194440e-4f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -47,9 +44,29 @@ HP_FN float hp_exp(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const uint32_t scale = ((uint32_t)hp_bits_of(z) << 23) + (127u << 23);
-  p = p * hp_float_of((int32_t)scale);
-  return x < low ? 0.0f : p;
+  p = p * hp_float_of((int32_t)(((uint32_t)hp_bits_of(z) << 23) + (127u << 23)));
+  p = x < -87.3365447505531f ? 0.0f : p;
+  return x > 88.3762626647949f ? INFINITY : p;
+}
+
+/* log(x) for normal x > 0: x = 2^n m, sqrt(1/2) <= m < sqrt(2), the polynomial of Cephes' logf; within 2 ulp. */
+HP_FN float hp_log(float x) {
+  const int32_t shifted = hp_bits_of(x) - 0x3f3504f3; /* the bits of sqrt(1/2) */
+  const float n = (float)(shifted >> 23);
+  const float r = hp_float_of((shifted & 0x007fffff) + 0x3f3504f3) - 1.0f;
+  float p = 7.0376836292e-2f;
+  p = p * r - 1.1514610310e-1f;
+  p = p * r + 1.1676998740e-1f;
+  p = p * r - 1.2420140846e-1f;
+  p = p * r + 1.4249322787e-1f;
+  p = p * r - 1.6668057665e-1f;
+  p = p * r + 2.0000714765e-1f;
+  p = p * r - 2.4999993993e-1f;
+  p = p * r + 3.3333331174e-1f;
+  const float r2 = r * r;
+  p = p * (r2 * r) + n * -2.12194440e-4f - 0.5f * r2;
+  p = r + p + n * 0.693359375f;
+  return x < INFINITY ? p : x;
 }
 
 HP_FN float hp_sigmoid(float x) { return 1.0f / (1.0f + hp_exp(-x)); }

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -83,6 +86,17 @@ def test_values_and_bits(level: str, case: tuple[str, Env]) -> None:
     for threads in (1, 2, 3):
         again = execute(CpuBackend(threads, level), name, env, values)
         assert {k: v.tobytes() for k, v in again.items()} == {k: v.tobytes() for k, v in found.items()}, threads
+
+
+@pytest.mark.parametrize("core", ["Haswell", "Nehalem"])
+def test_bits_do_not_depend_on_threads_with_the_products_of_older_processors(core: str) -> None:
+    """The BLAS chooses its kernels once per process, from this variable; cutting a product changes their bits."""
+    if core == "Haswell" and "avx2" not in cpu.cpu_flags():
+        core = "Nehalem"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command += ["-k", "test_values_and_bits and (linear or attention)"]
+    done = subprocess.run(command, env={**os.environ, "OPENBLAS_CORETYPE": core}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 def test_the_levels_of_this_machine_are_built() -> None:
@@ -179,7 +193,6 @@ def test_activations_over_the_whole_range(level: str, name: str) -> None:
     values = {"x": x, "dy": np.ones((size, 1), dtype=np.float32)}
     for key, want in reference(name, env, values).items():
         got = execute(CpuBackend(2, level), name, env, values)[key]
-        # At -88 the sigmoid is 6e-39: exp stops there, where float32 is no longer normal.
         np.testing.assert_allclose(got, want, rtol=3e-6, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""The token stream: a bijection per epoch, the same for every number of replicas, and a sentence for every bad folder."""
+"""The token stream: a bijection per epoch, the same for all numbers of replicas; a sentence for each bad folder."""
 
 from __future__ import annotations
 
@@ -144,6 +144,18 @@ def test_every_epoch_has_every_token_once_also_where_it_ends_inside_a_batch(coun
         seen = sorted(token for row in epoch for token in row[:LENGTH])
         assert seen == list(range(23 * LENGTH))
     assert len({tuple(row[0] for row in epoch) for epoch in epochs}) == 10
+
+
+def test_the_order_of_many_windows_is_the_order_of_each() -> None:
+    """Blocks and epochs are borders of the computation only: any stretch is the permutation, epoch after epoch."""
+    size, length, seed = 2 * data.BLOCK + 77, 3, 9
+    splits = dict.fromkeys(data.SPLITS, Split("", size * length + 1, 1, ""))
+    dataset = Dataset(Path(), "uint16", 9, 0, splits, "", {})
+    expected = np.concatenate([permute(np.arange(size), size, seed, epoch) for epoch in range(4)])
+    for first, count in ((0, 4 * size), (data.BLOCK - 3, 7), (2 * size - 1, 2), (size + 5, 2 * size)):
+        assert np.array_equal(dataset.order("train", first, count, length, seed), expected[first : first + count])
+    in_order = np.arange(4 * size) % size
+    assert np.array_equal(dataset.order("val", size - 9, 3 * size, length, seed), in_order[size - 9 : 4 * size - 9])
 
 
 def test_a_target_is_the_next_token_also_at_the_very_end(tmp_path: Path) -> None:

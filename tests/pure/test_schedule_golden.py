@@ -1,6 +1,6 @@
 """Goldens: a schedule, its drawing and its programs, as a person would check them by eye.
 
-After a wanted change, ``python tests/pure/test_schedule_golden.py`` writes them anew; read the difference before keeping it.
+After a wanted change, ``python tests/pure/test_schedule_golden.py`` writes them anew; read the difference.
 """
 
 from pathlib import Path
@@ -36,6 +36,12 @@ def words(instruction):
     return f"{instruction.kind} {slot.pool}{slot.stage}.{slot.number} for {instruction.micro}"
 
 
+def channel(edge):
+    """``X1.0 from 0 tag 0``."""
+    slot, way = edge.slot, "to" if edge.direction == "send" else "from"
+    return f"{slot.pool}{slot.stage}.{slot.number} {way} {edge.peer} tag {edge.tag}"
+
+
 def text(name, placement, micros):
     schedule = build(name, len(placement), max(placement) + 1, micros, placement)
     timeline = replay(schedule, Costs.unit(schedule.stages))
@@ -43,11 +49,7 @@ def text(name, placement, micros):
     check(programs)
     lines = [str(schedule), draw(timeline, 96)]
     for program in programs:
-        edges = ", ".join(
-            f"{e.slot.pool}{e.slot.stage}.{e.slot.number} {'to' if e.direction == 'send' else 'from'} {e.peer} tag {e.tag}"
-            for e in program.edges
-        )
-        lines += [f"rank {program.rank}: {edges or 'no messages'}"]
+        lines += [f"rank {program.rank}: {', '.join(map(channel, program.edges)) or 'no messages'}"]
         lines += [f"  {words(instruction)}" for instruction in program.instructions]
     return "\n".join(lines) + "\n"
 

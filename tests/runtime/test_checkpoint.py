@@ -18,7 +18,7 @@ from hpcpipe.checkpoint import layout, master, write
 from hpcpipe.checkpoint.layout import KINDS, Part
 from hpcpipe.checkpoint.read import Checkpoint, complete, newest_good
 from hpcpipe.config import UserError
-from tests.runtime.checkpoint_state import SHAPES, by_axis, by_tensor, load, piece, same, save, state
+from tests.runtime.checkpoint_state import SHAPES, by_axis, by_tensor, load, piece, same, save, state, unsynced  # noqa: F401
 
 DIVISIONS = {
     "one shard": by_tensor(1),

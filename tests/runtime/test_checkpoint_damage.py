@@ -12,7 +12,7 @@ import pytest
 from hpcpipe.checkpoint import shard, write
 from hpcpipe.checkpoint.read import Checkpoint, newest_good
 from hpcpipe.config import UserError
-from tests.runtime.checkpoint_state import by_axis, by_tensor, load, same, save, state
+from tests.runtime.checkpoint_state import by_axis, by_tensor, load, same, save, state, unsynced  # noqa: F401
 
 FLIPS = 80
 

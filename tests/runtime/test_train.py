@@ -120,8 +120,8 @@ def test_evaluation_changes_no_bit(data: Path, tmp_path: Path) -> None:
     assert plain.losses == often.losses and plain.tensors == often.tensors
 
 
-def test_the_model_learns_and_clipping_clips(data: Path, tmp_path: Path) -> None:
-    result = run(data, tmp_path, 1, "llama", train__steps=60, optimizer__lr=0.02)
+def test_the_model_learns(data: Path, tmp_path: Path) -> None:
+    result = run(data, tmp_path, 1, "untied", train__steps=60, optimizer__lr=0.02)
     assert result.losses[0] == pytest.approx(math.log(61), rel=0.02)
     assert result.losses[-1] < 0.7 * result.losses[0]
     record = json.loads((tmp_path / "done.json").read_text())
@@ -130,7 +130,7 @@ def test_the_model_learns_and_clipping_clips(data: Path, tmp_path: Path) -> None
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not finite.*lower optimizer.lr"):
-        run(data, tmp_path, 2, "llama", train__steps=30, optimizer__lr=1e30, optimizer__clip=0.0, optimizer__warmup=0)
+        run(data, tmp_path, 2, "llama", train__steps=30, optimizer__lr=1e30, optimizer__clip=0.0)
 
 
 def test_another_model_in_the_same_folder_is_refused(data: Path, tmp_path: Path) -> None:
