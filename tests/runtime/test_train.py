@@ -130,7 +130,7 @@ def test_the_model_learns(data: Path, tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not finite.*lower optimizer.lr"):
-        run(data, tmp_path, 2, "llama", train__steps=30, optimizer__lr=1e30, optimizer__clip=0.0)
+        run(data, tmp_path, 2, "llama", train__steps=30, optimizer__lr=1e18, optimizer__clip=0.0)
 
 
 def test_another_model_in_the_same_folder_is_refused(data: Path, tmp_path: Path) -> None:
