@@ -23,7 +23,7 @@ test-long: ## the tests that take minutes
 
 test-peers: ## against PyTorch and transformers (downloads them)
 	$(SETUP) peers
-	@$(RUN) -m pytest -q -m peers
+	@.venv-peers/bin/python -m pytest -q -m peers
 
 bench: ## beside JAX and PyTorch on the same cores (downloads them)
 	$(SETUP) peers
@@ -38,4 +38,4 @@ clean: ## what was built and what tests and demo left
 	@find . -name __pycache__ -not -path "./.venv*" -prune -exec rm -rf {} +
 
 distclean: clean ## and the environments
-	@rm -rf .venv .venv-mpich
+	@rm -rf .venv .venv-mpich .venv-peers

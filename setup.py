@@ -1,8 +1,8 @@
 """Builds the native library: native/cpu/*.c once per instruction set, as plain C libraries that Python only loads.
 
 Goes with pyproject.toml, which says everything else. Works for `pip install .`, `pip install -e .` and
-`python setup.py build_ext --inplace`. Each library carries the digest of what it was made from (sources, flags, compiler,
-kernel table), and is left alone as long as that holds.
+`python setup.py build_ext --inplace`. Each library carries the digest of what it was made from (sources, flags,
+compiler, kernel table), and is left alone as long as that holds.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 SOURCES = sorted((ROOT / "native" / "cpu").glob("*.c"))
 HEADERS = sorted((ROOT / "native").rglob("*.h"))
-# No -ffast-math: sums keep their order. What is left out changes no result: errno, traps, and a * b + c in two roundings.
-FLAGS = "-std=gnu11 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp -fPIC -Wall -Wextra".split()
-LINK = "-shared -fopenmp -Wl,-Bsymbolic -Wl,--no-undefined".split()
-AVX2 = "-mavx2 -mfma -mf16c -mbmi -mbmi2 -mlzcnt -mmovbe".split()
-AVX512 = "-mavx512f -mavx512bw -mavx512cd -mavx512dq -mavx512vl -mprefer-vector-width=512".split()
+# No -ffast-math: sums keep their order. What is relaxed is errno, traps, and a * b + c in two roundings.
+FLAGS = ["-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+FLAGS += ["-fopenmp", "-fPIC", "-Wall", "-Wextra"]
+LINK = ["-shared", "-fopenmp", "-Wl,-Bsymbolic", "-Wl,--no-undefined"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mlzcnt", "-mmovbe"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 X86_LEVELS = {"portable": [], "x86-64-v3": AVX2, "x86-64-v4": AVX2 + AVX512}
 PLAIN = "#include <math.h>\n#include <stdint.h>\nint main(void) { return 0; }\n"
 OPENMP = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
@@ -45,12 +46,15 @@ def compiler() -> list[str]:
     chosen = shlex.split(os.environ.get("CC", ""))
     found = chosen or next(([name] for name in ("cc", "gcc", "clang") if shutil.which(name)), [])
     if not found or not shutil.which(found[0]):
-        named = f"the compiler that CC names, {chosen[0]}, is not on the PATH" if chosen else "no C compiler is on the PATH"
-        sys.exit(f"hpcpipe: {named}: install one (Debian: apt install gcc libc6-dev; RHEL: dnf install gcc) or set CC.")
+        named = f"the C compiler that CC names, {chosen[0]}," if chosen else "a C compiler"
+        packages = "(Debian: apt install gcc libc6-dev; RHEL: dnf install gcc)"
+        sys.exit(f"hpcpipe: {named} is not on the PATH: install one {packages}")
     if not accepts(found, PLAIN, []):
-        sys.exit(f"hpcpipe: {found[0]} cannot build a C program: install the C library's headers (Debian: apt install libc6-dev; RHEL: dnf install glibc-devel).")  # fmt: skip  # noqa: E501
+        headers = "(Debian: apt install libc6-dev; RHEL: dnf install glibc-devel)"
+        sys.exit(f"hpcpipe: {found[0]} cannot build a C program: install the headers of the C library {headers}")
     if not accepts(found, OPENMP, ["-fopenmp"]):
-        sys.exit(f"hpcpipe: {found[0]} has no OpenMP: install its runtime (clang: apt install libomp-dev; gcc: dnf install libgomp) or set CC=gcc.")  # fmt: skip  # noqa: E501
+        runtime = "(clang: apt install libomp-dev; gcc on RHEL: dnf install libgomp)"
+        sys.exit(f"hpcpipe: {found[0]} has no OpenMP: install its runtime {runtime} or set CC=gcc")
     return found
 
 
@@ -72,7 +76,7 @@ def openblas() -> tuple[str, str]:
 
 
 def dispatch() -> str:
-    """C source generated from the kernel table, which is loaded by its path: the package itself is not installed yet."""
+    """C source generated from the kernel table, which is loaded by its path: the package is not installed yet."""
     spec = importlib.util.spec_from_file_location("kernel_table", ROOT / "hpcpipe" / "backends" / "kernels.py")
     assert spec is not None and spec.loader is not None
     table = importlib.util.module_from_spec(spec)
@@ -115,7 +119,7 @@ def run(command: list[str]) -> None:
 
 
 class BuildNative(build_ext):
-    """`build_ext` for libraries that know no Python: ours are not extension modules, so nothing of the original runs."""
+    """`build_ext` for libraries that know no Python: they are not extension modules, nothing of the original runs."""
 
     def run(self) -> None:
         in_place = self.inplace or getattr(self, "editable_mode", False)

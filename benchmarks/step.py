@@ -24,7 +24,7 @@ from benchmarks.contest import Competitor, Failed, Process, start, start_peak, v
 from benchmarks.shape import Shape, parse, write
 
 SHAPES = ("4,4,128,64,12,65", "6,6,384,256,16,65", "8,8,512,256,8,8192")
-ROOT = Path(__file__).resolve().parent.parent
+PEERS = Path(__file__).resolve().parent.parent / ".venv-peers/bin/python"
 AGREE = 1e-3  # relative difference of the first losses that still counts as the same model
 
 COMPETITORS = ("hpcpipe", "jax", "torch", "torch:compile")
@@ -62,8 +62,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="layers,heads,width,length,sequences,vocabulary")  # fmt: skip
     parser.add_argument("--competitors", nargs="+", default=COMPETITORS, metavar="NAME[:VARIANT]",
                         help=f"the first is compared with each other one; default {' '.join(COMPETITORS)}")  # fmt: skip
-    parser.add_argument("--peers-python", type=Path, default=ROOT / ".venv-peers/bin/python", metavar="PATH",
-                        help="interpreter that has torch and jax; default .venv-peers/bin/python")  # fmt: skip
+    parser.add_argument("--peers-python", type=Path, default=PEERS if PEERS.exists() else sys.executable,
+                        metavar="PATH", help="interpreter that has torch and jax; default .venv-peers/bin/python if "
+                        "there is one, else this one")  # fmt: skip
     parser.add_argument("--threads", type=int, default=0, help="cores used by all; default: the affinity mask")
     parser.add_argument("--stock-mkl", action="store_true", help="let PyTorch's MKL keep its slow path on AMD")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""The CPU backend: recordings walked by a C library (native/cpu), one OpenMP team per rank, the interpreter lock released.
+"""The CPU backend: recordings walked by a C library (native/cpu), one OpenMP team per rank, without Python's lock.
 
 In: recorded calls and where their tensors lie. Out: numpy views of one arena. The library exists once per instruction
 set; the best one that this processor runs is loaded. This file is the only one that knows C, through ctypes.
@@ -6,6 +6,7 @@ set; the best one that this processor runs is loaded. This file is the only one 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -30,7 +31,12 @@ LEVELS = {
     "x86-64-v3": "avx2 fma f16c bmi1 bmi2 abm movbe",
     "portable": "",
 }
-TYPES = {"r": np.dtype("float32"), "i": np.dtype("int32"), "l": np.dtype("int64"), "d": np.dtype("float64")}
+TYPES: dict[str, np.dtype[Any]] = {
+    "r": np.dtype("float32"),
+    "i": np.dtype("int32"),
+    "l": np.dtype("int64"),
+    "d": np.dtype("float64"),
+}
 INDEX = {kernel.name: i for i, kernel in enumerate(TABLE)}
 MAX_ARGS = 16  # HP_MAX_ARGS
 ABSENT, SCALAR = -1, -2  # the region of an absent optional buffer, and of a number
@@ -68,9 +74,9 @@ def library(level: str) -> Path:
 def prepare_environment() -> None:
     """Settings that the libraries read when they are loaded; one that the user made stays.
 
-    OpenBLAS knows AVX-512 processors newer than itself by this name, and a Haswell's products take twice as long on one. A
-    thread that waits for its team's next loop spins for about 100 microseconds, not for milliseconds: with more ranks
-    than cores it would hold up the others.
+    OpenBLAS knows AVX-512 processors newer than itself by this name, and a Haswell's products take twice as long on
+    one. A thread that waits for its team's next loop spins for about 100 microseconds, not for milliseconds: with more
+    ranks than cores it would hold up the others.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -121,10 +127,8 @@ class CpuBackend:
         """Zeroed bytes, uint8 [nbytes], on huge pages where the system has them: products run up to twice as fast."""
         block = mmap.mmap(-1, nbytes + HUGE_PAGE)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
+            with contextlib.suppress(OSError):  # a kernel without them: ordinary pages are right, only slower
                 block.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:
-                pass  # a kernel without them: ordinary pages are right, only slower
         memory = np.frombuffer(block, dtype=np.uint8)
         start = -memory.ctypes.data % HUGE_PAGE
         return memory[start : start + nbytes]
@@ -153,7 +157,7 @@ class CpuBackend:
         return Compiled(words, max((evaluate(c.row.work, c.env) for c in calls if c.row.work), default=0))
 
     def run(self, handle: Compiled, memory: Array, bases: Array, work: int = -1) -> None:
-        """Executes a compiled pass; a tensor lies at memory + bases[region] + offset, scratch for all threads at ``work``."""
+        """Executes a compiled pass; a tensor lies at memory + bases[region] + offset, scratch at ``work``."""
         if work < 0 < handle.work:
             raise ValueError(f"cpu backend: this pass needs {handle.work} bytes of scratch per thread, none was given")
         # A team belongs to the Python thread that asked for it, and another backend may have asked for another size.

@@ -123,7 +123,8 @@ def prune(out: Path | str, keep: int, deep: bool = True) -> list[str]:
         wrong = [str(error)]
     if wrong:
         return [f"checkpoint: nothing older than {found[-1].name} is removed because it is not good: {wrong[0]}"]
-    half = [f for f in read.step_folders(out) if f not in found and f < found[-1]]
+    folders = read.step_folders(out)
+    half = [f for f in folders[: folders.index(found[-1])] if f not in found]
     for folder in half + (found[:-keep] if keep else []):
         _remove(folder)
     return []

@@ -64,7 +64,8 @@ def settings(
 
     Open MPI: yield the core while waiting; with more ranks than cores, or unbound ones, a waiting rank otherwise holds
     up the rank it waits for (barriers of 4 to 12 ms). On one node without a fabric, naming shared memory and TCP saves
-    the second that probing for fabrics takes; Open MPI 4 calls the former by another name and is left alone.
+    the second that probing for fabrics takes; Open MPI 4 calls the former by another name and is left alone. Of the
+    ways to prove who we are that srun offers, the one that every build of PMIx has; without it PMIx warns of the others.
     """
     wanted: dict[str, str] = {}
     if vendor == "Open MPI":
@@ -74,6 +75,8 @@ def settings(
         if version[0] >= 5 and not fabric and not chosen and (started is None or started.one_node):
             wanted["OMPI_MCA_pml"] = "ob1"
             wanted["OMPI_MCA_btl"] = "self,sm,tcp"
+        if "native" in environment.get("PMIX_SECURITY_MODE", "").split(","):
+            wanted["PMIX_MCA_psec"] = "native"
     elif vendor == "MPICH" and int(environment.get("MPI_LOCALNRANKS", "1")) > cores:
         wanted["MPIR_CVAR_POLLS_BEFORE_YIELD"] = "1"
         wanted["MPIR_CVAR_ENABLE_HEAVY_YIELD"] = "1"

@@ -60,6 +60,7 @@ int hp_threads(void) { return team; }
 void hp_run(const hp_call *calls, int64_t n, char *arena, const int64_t *bases, int64_t work) {
   const uint64_t before = flush_to_zero();
   void *shared = work < 0 ? NULL : arena + work;
+  omp_set_num_threads(HP_MAX(1, team)); /* another library in this thread may have asked for more than `work` holds */
   for (int64_t i = 0; i < n; i++) hp_dispatch(&calls[i], arena, bases, shared);
   restore(before);
 }

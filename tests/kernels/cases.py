@@ -1,7 +1,7 @@
 """The case table: per kernel family, the shapes it is tried on, and inputs that make sense for a kernel and a shape.
 
-Shapes are chosen to break things: one of everything, primes, nothing a multiple of 16, a sequence one longer than a block
-of queries, one head, many query heads on one key head; and one or two large enough that every thread gets work.
+Shapes are chosen to break things: one of everything, primes, nothing a multiple of 16, a sequence one longer than a
+block of queries, one head, many query heads on one key head; and one or two large enough that every thread gets work.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from hpcpipe.backends.reference import FUNCTIONS
 Array = np.ndarray
 Env = dict[str, Any]
 
-HYPER = {"warm": (3e-4, 0.9, 0.95, 1e-8, 1 - 0.9**3, 1 - 0.95**3, 0.25, 0), "late": (1e-3, 0.9, 0.999, 1e-8, 1, 1, 1, 0)}
+HYPER = {
+    "warm": (3e-4, 0.9, 0.95, 1e-8, 1 - 0.9**3, 1 - 0.95**3, 0.25, 0),
+    "late": (1e-3, 0.9, 0.999, 1e-8, 1, 1, 1, 0),
+}
 
 
 def _rows(letters: str, *rows: tuple[float, ...], **fixed: Any) -> list[Env]:
@@ -42,8 +45,9 @@ FAMILIES: dict[str, list[Env]] = {
     "rmsnorm": [{**e, "eps": 1e-5} for e in _MATRIX],
     "gelu": _MATRIX,
     "swiglu": _rows("n f", (1, 1), (1, 37), (53, 1), (65, 33), (7, 1000), (301, 127)),
-    "rope": _rows("n t h k d", (1, 1, 1, 1, 2), (6, 3, 3, 1, 4), (130, 65, 4, 2, 6), (260, 130, 8, 2, 64), (7, 7, 1, 1, 300),
-                  (70000, 70000, 1, 1, 2), theta=1e4) + _rows("n t h k d", (300, 300, 2, 1, 128), theta=5e5),
+    "rope": _rows("n t h k d", (1, 1, 1, 1, 2), (6, 3, 3, 1, 4), (130, 65, 4, 2, 6), (260, 130, 8, 2, 64),
+                  (7, 7, 1, 1, 300), (70000, 70000, 1, 1, 2), theta=1e4)
+            + _rows("n t h k d", (300, 300, 2, 1, 128), theta=5e5),
     "attention": _ATTENTION,
     "add": _MATRIX,
     "dropout": [{**e, "salt": salt, "p": p, "on": on} for e in _MATRIX[3:7]
@@ -55,9 +59,7 @@ FAMILIES: dict[str, list[Env]] = {
               for h in HYPER],
 }  # fmt: skip
 
-CASES: list[tuple[str, Env]] = [
-    (kernel.name, env) for kernel in TABLE for env in FAMILIES[kernel.name.split("_")[0]]
-]
+CASES: list[tuple[str, Env]] = [(kernel.name, env) for kernel in TABLE for env in FAMILIES[kernel.name.split("_")[0]]]
 
 
 def shapes_of(name: str, env: Env) -> dict[str, tuple[int, ...] | None]:
@@ -69,7 +71,7 @@ def shapes_of(name: str, env: Env) -> dict[str, tuple[int, ...] | None]:
 
 
 def inputs_of(name: str, env: Env, rng: np.random.Generator) -> dict[str, Array | None]:
-    """Random inputs of a kernel by name, float32 reals; what a backward pass gets from its forward pass comes from there."""
+    """Random inputs of a kernel by name, float32 reals; what a forward kernel hands to its backward is its own."""
     shapes = shapes_of(name, env)
     values: dict[str, Array | None] = {}
     for a in BY_NAME[name].ins:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcpipe.config import (
-    KEYS,
+    SCHEMA,
     Config,
     ModelConfig,
     PipelineConfig,
@@ -73,7 +73,7 @@ def test_values_arrive_in_their_types() -> None:
         ("[optimizer]\nlr = 'fast'", 'optimizer.lr is the text "fast", expected a number'),
         ("[model]\ntied = 1", "model.tied is 1, expected true or false"),
         ("out = 3", "out is 3, expected a text"),
-        ('out = "a\\u0000b"', "which has characters that are not printable text"),
+        ('out = "a\\u0000b"', "is the text 'a\\x00b', which has characters that are not printable"),
         ("[train]\nsteps = 0", "train.steps is 0, expected 1 or more (optimizer steps)"),
         ("[optimizer]\nlr = 0", "optimizer.lr is 0, expected more than 0 (peak rate)"),
         ("[optimizer]\nlr = nan", "optimizer.lr is nan, expected a number between"),
@@ -81,12 +81,15 @@ def test_values_arrive_in_their_types() -> None:
         ("[device]\nthreads = 5000", "device.threads is 5000, expected at most 1024"),
         ("seed = 9223372036854775808", "seed is 9223372036854775808, expected a number between"),
         ("seed = -1", "seed is -1, expected 0 or more"),
-        ('[pipeline]\nschedule = "1f1"', 'pipeline.schedule is "1f1", expected 1f1b or gpipe; did you mean 1f1b?'),
-        ('[model]\nfamily = "rnn"', 'model.family is "rnn", expected llama or gpt2'),
-        ('[device]\nbackend = "gpu"', 'device.backend is "gpu", expected cpu or reference'),
-        ('[pipeline]\ncut = "evn"', 'pipeline.cut is "evn", expected auto or even; did you mean even?'),
-        ("[pipeline]\ncut = [1, 0]", "pipeline.cut is the list [1, 0], expected slots per stage, each 1 or more"),
-        ("[pipeline]\ncut = []", "pipeline.cut is the list [], expected slots per stage"),
+        (
+            '[pipeline]\nschedule = "1f1"',
+            'schedule is the text "1f1", expected 1f1b or gpipe; did you mean 1f1b?',
+        ),
+        ('[model]\nfamily = "rnn"', 'model.family is the text "rnn", expected llama or gpt2'),
+        ('[device]\nbackend = "gpu"', 'device.backend is the text "gpu", expected cpu or reference'),
+        ('[pipeline]\ncut = "evn"', 'pipeline.cut is the text "evn", expected auto or even; did you mean even?'),
+        ("[pipeline]\ncut = [1, 0]", "pipeline.cut is the list [1, 0], expected whole numbers of 1 or more"),
+        ("[pipeline]\ncut = []", "pipeline.cut is the list [], expected whole numbers"),
         ("[pipeline]\ncut = 3", "pipeline.cut is 3, expected a text or a list of whole numbers"),
         ("[pipeline]\ncut = [1, 2]\nstages = 3", "pipeline.cut names 2 stages, but pipeline.stages is 3"),
         ("[train]\nbatch = 7", "make train.batch a multiple of 4, for example 4 or 8"),
@@ -116,7 +119,7 @@ def test_what_is_wrong_is_said_in_a_sentence(text: str, sentence: str) -> None:
     ("override", "sentence"),
     [
         ("train.step=5", "--set train.step=5: unknown key train.step; did you mean train.steps?"),
-        ("train", "--set train: an override is written section.key=value, for example train.steps=100"),
+        ("train", "--set train: an override is written section.key=value, for example device.threads=1"),
         ("=5", "--set =5: an override is written section.key=value"),
         ("train=5", "--set train=5: train is a section; name one of its keys, for example train.steps"),
         ("train.steps=abc", '--set train.steps=abc: train.steps is the text "abc", expected a whole number'),
@@ -188,9 +191,9 @@ def values(key: Any) -> st.SearchStrategy[Any]:
 @given(st.data())
 def test_what_is_written_reads_back_equal(data: st.DataObject) -> None:
     """One key at a time is set to anything it accepts; only rules between settings may refuse it."""
-    name = data.draw(st.sampled_from(sorted(KEYS)))
+    name = data.draw(st.sampled_from(sorted(SCHEMA.keys)))
     section, _, leaf = name.rpartition(".")
-    value = data.draw(values(KEYS[name]))
+    value = data.draw(values(SCHEMA.keys[name]))
     inner = dataclasses.replace(getattr(Config(), section), **{leaf: value}) if section else value
     config = dataclasses.replace(Config(), **{section or leaf: inner})
     for comments in (False, True):
@@ -218,7 +221,7 @@ def test_the_digest_sees_everything_and_the_results_digest_what_matters() -> Non
 
 def test_which_settings_leave_the_result_alone() -> None:
     """Neither how often something is looked at, nor where it runs; replicas and kernels do round differently."""
-    same = {name for name, key in KEYS.items() if not key.limits.result}
+    same = {name for name, key in SCHEMA.keys.items() if not key.limits.result}
     assert same == {
         *("out", "train.log_every", "eval.every", "eval.microbatches", "checkpoint.every", "checkpoint.keep"),
         *("pipeline.stages", "pipeline.schedule", "pipeline.cut", "pipeline.timeout", "device.threads"),
@@ -227,9 +230,9 @@ def test_which_settings_leave_the_result_alone() -> None:
 
 def test_every_key_has_its_meaning_in_a_written_file() -> None:
     text = to_toml(dataclasses.replace(Config(), model=ModelConfig(tied=True)), comments=True)
-    for key in KEYS.values():
+    for key in SCHEMA.keys.values():
         assert f"# {key.limits.doc}" in text
-    assert len(text.splitlines()) == len(KEYS) + 2 * 8  # one line per key, a header and a blank line per section
+    assert len(text.splitlines()) == len(SCHEMA.keys) + 2 * 8  # one line per key, a header and a blank line per section
 
 
 @pytest.mark.parametrize(

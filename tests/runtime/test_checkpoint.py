@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcpipe.checkpoint import layout, master, write
+from hpcpipe.checkpoint.headers import Headers
 from hpcpipe.checkpoint.layout import KINDS, Part
 from hpcpipe.checkpoint.read import Checkpoint, complete, newest_good
 from hpcpipe.config import UserError
@@ -164,6 +165,26 @@ def test_same_state_same_bytes(tmp_path):
     first, second = (save(tmp_path / name, 1, state(6)) for name in "ab")
     assert [s.digest for s in Checkpoint.open(first).shards] == [s.digest for s in Checkpoint.open(second).shards]
     assert (first / "shard_0000.h5").read_bytes() == (second / "shard_0000.h5").read_bytes()
+
+
+@given(st.lists(st.tuples(st.integers(0, 20_000), st.binary(min_size=1, max_size=9_000)), max_size=12))
+def test_headers_are_a_file(writes):
+    """Reads give what was written last, zeros elsewhere; ``written`` gives exactly the written bytes."""
+    file, want, mask = Headers(), bytearray(32_768), bytearray(32_768)
+    for offset, data in writes:
+        file.seek(offset)
+        assert file.write(data) == len(data) and file.tell() == offset + len(data)
+        want[offset : offset + len(data)] = data
+        mask[offset : offset + len(data)] = b"\1" * len(data)
+    assert file.size == max((o + len(d) for o, d in writes), default=0) == file.seek(0, os.SEEK_END)
+    file.seek(5)
+    got = bytearray(b"?" * 32_763)
+    assert file.readinto(got) == len(got) and got == want[5:]
+    copy = bytearray(32_768)
+    for offset, data in file.written():
+        assert all(mask[offset : offset + len(data)])
+        copy[offset : offset + len(data)] = data
+    assert copy == want and sum(len(d) for _, d in file.written()) == sum(mask)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "int32", "uint8", ">f4"])

@@ -1,0 +1,83 @@
+"""hpcpipe in the contest: the rank that ``hpcpipe train`` would start alone, one process with all cores of the mask.
+
+The loop is that of ``hpcpipe.train`` without evaluation, checkpoints and metrics, which the peers do not have either;
+weights and tokens are those of the job. The variant is the number of sequences in a microbatch (default: all).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from benchmarks.shape import OPTIMIZER, Job, Shape
+from benchmarks.worker import Run, serve
+from hpcpipe import data
+from hpcpipe.comm.local import LocalWorld
+from hpcpipe.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from hpcpipe.train import Job as Training
+
+FOREVER = 1 << 30  # steps; the driver says when it is over
+
+
+def config_of(shape: Shape, folder: Path, microbatch: int) -> Config:
+    """The run file of a shape, at a constant rate."""
+    o = OPTIMIZER
+    model = ModelConfig(
+        family="gpt2", layers=shape.layers, heads=shape.heads, width=shape.width, context=shape.length,
+        vocab=shape.vocabulary, tied=True,
+    )  # fmt: skip
+    optimizer = OptimizerConfig(
+        lr=o.lr, min_lr=o.lr, warmup=0, beta1=o.beta1, beta2=o.beta2, eps=o.eps, weight_decay=o.weight_decay,
+        clip=o.clip,
+    )  # fmt: skip
+    return Config(
+        out=str(folder / "run"), model=model, data=DataConfig(str(folder)), optimizer=optimizer,
+        train=TrainConfig(steps=FOREVER, batch=shape.sequences, microbatch=microbatch),
+    )  # fmt: skip
+
+
+def write_dataset(folder: Path, job: Job) -> None:
+    """A folder as ``hpcpipe prepare`` makes it; what is trained on is written straight into the inputs instead."""
+    splits = {}
+    for name in data.SPLITS:
+        file = folder / f"{name}.bin"
+        job.tokens.astype("<u4").tofile(file)
+        splits[name] = data.Split(file.name, job.tokens.size, 1, data.crc32(file))
+    (folder / data.MANIFEST).write_text(data.manifest("uint32", job.shape.vocabulary, 0, splits, {}))
+
+
+def build(job: Job, threads: int, variant: str) -> tuple[Run, str]:
+    """The training loop; threads come from the affinity mask, as in a run."""
+    with TemporaryDirectory(prefix="hpcpipe-bench-") as folder:
+        write_dataset(Path(folder), job)
+        microbatch = int(variant or job.shape.sequences)
+        training = Training(config_of(job.shape, Path(folder), microbatch), LocalWorld(1).links[0])
+    params, real = training.mine.params, training.backend.real
+    for name in params.owned:
+        view = training.executor.array("PARAM", real * params.param[name], params.shapes[name])
+        view[...] = job.weights[training.plan.ties.get(name, name)]
+    # batches[k][m] = (ids, targets) of microbatch m
+    pieces = [np.split(batch, training.plan.micros) for batch in job.tokens]
+    batches = [[(part[:, :-1].ravel(), part[:, 1:].ravel()) for part in batch] for batch in pieces]
+
+    def run(first: int, count: int) -> list[float]:
+        losses = []
+        for step in range(first, first + count):
+            for (ids, targets, _), (x, y) in zip(training.inputs, batches[step % len(batches)], strict=True):
+                ids[:], targets[:] = x, y
+            training.program.run()
+            losses.append(training.finish(step, False).loss)
+        return losses
+
+    arena = training.mine.memory.total / 2**20
+    level = getattr(training.backend, "level", training.backend.name)
+    about = f"{level}, microbatches of {microbatch}, arena {arena:.0f} MiB, {training.backend.threads} threads"
+    if training.backend.threads != threads:
+        raise ValueError(f"hpcpipe runs {training.backend.threads} threads, the contest is for {threads}")
+    return run, about
+
+
+if __name__ == "__main__":
+    serve(build)

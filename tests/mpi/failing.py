@@ -1,0 +1,47 @@
+"""A program that fails in the way its first argument names: the last rank does, the others wait for it."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import numpy as np
+
+from hpcpipe.comm import mpi
+from hpcpipe.comm.link import JobError
+
+how = sys.argv[1]
+link = mpi.connect()
+fails = link.rank == link.size - 1
+if link.rank == 0:
+    print("started", flush=True)
+if how == "exception":
+    if fails:
+        raise RuntimeError("the last rank has lost its way")
+    link.barrier()
+elif how == "exception while others compute":
+    if fails:
+        raise RuntimeError("the last rank has lost its way")
+    while True:
+        time.sleep(0.01)
+elif how == "exception while others receive":
+    if fails:
+        raise RuntimeError("the last rank has lost its way")
+    channel = link.receiver(link.size - 1, 1, np.zeros(10))
+    channel.start()
+    channel.wait()
+elif how == "abort":
+    if fails:
+        link.abort("the disk is full; make room and start again")
+    link.barrier()
+elif how == "agree":
+    try:
+        link.agree("model.layers is 0" if fails else None)
+    except JobError as error:
+        if link.rank == 0:
+            print(f"hpcpipe: {error}", file=sys.stderr, flush=True)
+        link.close()
+        sys.exit(2)
+else:
+    raise SystemExit(f"unknown: {how}")
+print(f"rank {link.rank} went on", flush=True)

@@ -1,0 +1,219 @@
+"""The real program under real MPIs: the same bits as in one process, and every kind of bad end in one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from small_run import MODELS, Result, collect, run, run_toml, write_tokens
+from tests.mpi import launch
+
+pytestmark = pytest.mark.mpi
+MPIS = pytest.mark.parametrize("which", [launch.first, launch.second], ids=["first", "mpich"])
+PROGRAM = ("-m", "hpcpipe", "train")
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokens(tmp_path_factory.mktemp("tokens"))
+
+
+@pytest.fixture(scope="module")
+def ones(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    """Each model trained in one process."""
+    folder = tmp_path_factory.mktemp("one")
+    return {model: run(data, folder / model, 1, model, train__steps=STEPS) for model in MODELS}
+
+
+def write_run(data: Path, folder: Path, model: str = "llama", **settings: object) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.toml").write_text(run_toml(data, folder / "out", model, **settings), encoding="utf-8")
+    return str(folder / "run.toml")
+
+
+def ended_well(done: launch.Done, folder: Path) -> Result:
+    assert done.status == 0, done.out
+    assert (folder / "out/done.json").exists(), done.out
+    return collect(folder / "out")
+
+
+def ended_in(done: launch.Done, *words: str) -> None:
+    """The job failed with a sentence that has these words, and without a traceback."""
+    assert done.status != 0, done.out
+    assert "Traceback" not in done.out, done.out
+    for word in words:
+        assert word in done.out, done.out
+
+
+@MPIS
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("ranks", "schedule", "cut"), [(2, "1f1b", "auto"), (3, "gpipe", [1, 1, 2]), (4, "1f1b", "even")])
+def test_ranks_give_the_bits_of_one_process(
+    which, model: str, ranks: int, schedule: str, cut: object, ones: dict[str, Result], data: Path, tmp_path: Path
+) -> None:
+    config = write_run(data, tmp_path, model, train__steps=STEPS, pipeline__schedule=schedule, pipeline__cut=cut)
+    many = ended_well(launch.run(which(), ranks, (*PROGRAM, config), timeout=120), tmp_path)
+    assert many.losses == ones[model].losses
+    assert many.tensors == ones[model].tensors
+
+
+def test_over_tcp_the_bits_are_the_same(ones: dict[str, Result], data: Path, tmp_path: Path) -> None:
+    here = launch.first()
+    options = ("--mca", "btl", "self,tcp") if here.is_open_mpi else ()
+    config = write_run(data, tmp_path, "gpt2", train__steps=STEPS)
+    many = ended_well(launch.run(here, 4, (*PROGRAM, config), options, timeout=120), tmp_path)
+    assert many.losses == ones["gpt2"].losses and many.tensors == ones["gpt2"].tensors
+
+
+@MPIS
+def test_pipeline_times_data_parallel(which, data: Path, tmp_path: Path) -> None:
+    results = []
+    for name in ("a", "b"):
+        config = write_run(data, tmp_path / name, "gpt2", train__steps=5, pipeline__replicas=2)
+        results.append(ended_well(launch.run(which(), 4, (*PROGRAM, config), timeout=120), tmp_path / name))
+    one = run(data, tmp_path / "one", 1, "gpt2", train__steps=5)
+    local = run(data, tmp_path / "local", 4, "gpt2", train__steps=5, pipeline__replicas=2)
+    assert results[0].losses == results[1].losses == local.losses
+    assert results[0].tensors == results[1].tensors == local.tensors
+    assert results[0].losses == pytest.approx(one.losses, rel=2e-6)
+
+
+@MPIS
+def test_resume_on_another_number_of_ranks(which, ones: dict[str, Result], data: Path, tmp_path: Path) -> None:
+    config = write_run(data, tmp_path, "llama", train__steps=STEPS, checkpoint__every=7, checkpoint__keep=0)
+    ended_well(launch.run(which(), 3, (*PROGRAM, config), timeout=120), tmp_path)
+    for folder in ("step_00000014", "step_00000020"):
+        (tmp_path / "out" / folder / "master.h5").unlink()
+    again = ended_well(launch.run(which(), 2, (*PROGRAM, config), timeout=120), tmp_path)
+    assert again.losses[STEPS:] == ones["llama"].losses[7:]
+    assert again.tensors == ones["llama"].tensors
+
+
+# --- bad ends
+
+
+def test_what_is_wrong_with_a_config_is_said_once(data: Path, tmp_path: Path) -> None:
+    config = write_run(data, tmp_path)
+    cases = {
+        "train.stepz=3": ("unknown key train.stepz", "did you mean train.steps?"),
+        "train.steps=many": ("expected a whole number",),
+        "pipeline.replicas=2": ("3 ranks cannot be laid out",),
+        "pipeline.cut=[1,1]": ("2 stages", "3 ranks"),
+        "model.heads=5": ("does not divide",),
+        "model.layers=0": ("model.layers must be 1 or more",),
+        "data.path=nowhere": ("nowhere does not exist", "hpcpipe prepare"),
+    }
+    for override, words in cases.items():
+        done = launch.run(launch.first(), 3, (*PROGRAM, config, "--set", override))
+        ended_in(done, *words)
+        assert done.out.count(words[0]) == 1, done.out
+
+
+def test_more_stages_than_slots(data: Path, tmp_path: Path) -> None:
+    done = launch.run(launch.first(), 5, (*PROGRAM, write_run(data, tmp_path)))
+    ended_in(done, "5 stages for a model of 4 slots")
+
+
+def test_ranks_with_different_configs(data: Path, tmp_path: Path) -> None:
+    config = write_run(data, tmp_path)
+    here = launch.first()
+    program = (str(here.python), *PROGRAM, config)
+    other = ("--set", "optimizer.lr=0.5")
+    command = [str(here.mpirun), "-n", "1", *program, ":", "-n", "1", *program, *other]
+    ended_in(launch.finish(launch.spawn(command)), "rank 1 was started with another config than rank 0")
+
+
+@MPIS
+def test_truncated_tokens(which, tmp_path: Path) -> None:
+    data = write_tokens(tmp_path / "tokens")
+    with (data / "train.bin").open("r+b") as file:
+        file.truncate(1001)
+    ended_in(launch.run(which(), 2, (*PROGRAM, write_run(data, tmp_path))), "train.bin")
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(data: Path, tmp_path: Path) -> None:
+    config = write_run(data, tmp_path, train__steps=4, checkpoint__every=2)
+    ended_well(launch.run(launch.first(), 2, (*PROGRAM, config)), tmp_path)
+    shard = next((tmp_path / "out/step_00000004").glob("shard_0001*.h5"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 16
+    shard.write_bytes(content)
+    done = launch.run(launch.first(), 2, (*PROGRAM, config, "--set", "train.steps=6"))
+    ended_well(done, tmp_path)
+    assert "step_00000004 is passed over" in done.out and "resumed from" in done.out and "step_00000002" in done.out
+
+
+@MPIS
+def test_a_rank_that_dies_ends_the_job(which, data: Path, tmp_path: Path) -> None:
+    config = write_run(data, tmp_path, train__steps=100000)
+    process = launch.start(which(), 3, (*PROGRAM, config))
+    _until_step(tmp_path, 5)
+    victims = _children(process.pid)
+    os.kill(victims[-1], signal.SIGKILL)
+    done = launch.finish(process, timeout=30)
+    assert done.status != 0 and not (tmp_path / "out/done.json").exists()
+
+
+@MPIS
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1], ids=["SIGINT", "SIGUSR1"])
+def test_a_signal_saves_and_ends_the_run(which, number: int, data: Path, tmp_path: Path) -> None:
+    here = which()
+    config = write_run(data, tmp_path, train__steps=100000, optimizer__schedule="wsd", optimizer__decay_steps=1)
+    process = launch.start(here, 2, (*PROGRAM, config))
+    _until_step(tmp_path, 5)
+    for rank in _children(process.pid):
+        os.kill(rank, number)
+    done = launch.finish(process, timeout=60)
+    assert done.status == 0, done.out
+    assert not (tmp_path / "out/done.json").exists()
+    stopped = collect(tmp_path / "out")
+    steps = len(stopped.losses)
+    assert f"step_{steps:08d}" in done.out
+    # and the next start goes on from there, with the bits of a run that was never stopped
+    more = ("--set", f"train.steps={steps + 3}", "--set", "optimizer.decay_steps=1")
+    on = ended_well(launch.run(here, 2, (*PROGRAM, config, *more)), tmp_path)
+    whole = run(data, tmp_path / "whole", 1, "llama", train__steps=steps + 3, optimizer__schedule="wsd", optimizer__decay_steps=1)
+    assert on.losses == whole.losses and on.tensors == whole.tensors
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(data: Path, tmp_path: Path) -> None:
+    config = write_run(data, tmp_path, train__steps=2)
+    ended_well(launch.run(launch.first(), 2, (*PROGRAM, config)), tmp_path)
+    before = collect(tmp_path / "out")
+    size = max(f.stat().st_size for f in (tmp_path / "out/step_00000002").iterdir())
+    limited = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2},) * 2); sys.argv = sys.argv[:1] + sys.argv[1:]; runpy.run_module('hpcpipe', run_name='__main__')"
+    done = launch.run(launch.first(), 2, ("-c", limited, "train", config, "--set", "train.steps=4"))
+    ended_in(done, "NOT saved", "step_00000004")
+    assert not (tmp_path / "out/step_00000004").exists()
+    assert collect(tmp_path / "out").tensors == before.tensors
+    ended_well(launch.run(launch.first(), 2, (*PROGRAM, config, "--set", "train.steps=4")), tmp_path)
+
+
+def _until_step(folder: Path, step: int, timeout: float = 60) -> None:
+    """Waits until a run has written that many steps down."""
+    metrics, end = folder / "out/metrics.jsonl", time.monotonic() + timeout
+    while time.monotonic() < end:
+        if metrics.exists() and sum("loss" in json.loads(line) for line in metrics.read_text().splitlines()[:-1]) >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no step {step} after {timeout} s")
+
+
+def _children(session: int) -> list[int]:
+    """The ranks of a job: processes of its session that run the program, whatever their process group."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[3]) != session:
+                continue
+        except (OSError, IndexError):
+            continue
+        if words[1:4] == [b"-m", b"hpcpipe", b"train"]:
+            found.append(int(folder.name))
+    return sorted(found)
