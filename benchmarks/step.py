@@ -156,9 +156,9 @@ def summarise(result: dict[str, Any], shape: Shape) -> None:
         run["peak_bytes"], run["steady_bytes"] = (max(t[key] for t in turns) for key in ("peak_bytes", "steady_bytes"))
         run["last_loss"] = turns[-1]["loss"]
         reference = result["runs"][names[0]]["losses"]
-        run["loss_difference"] = max(abs(a - b) / abs(b) for a, b in zip(run["losses"], reference, strict=True))
-        # Written so that a NaN is not good.
-        result["good"] = result["good"] and run["loss_difference"] <= AGREE
+        run["loss_differences"] = [abs(a - b) / abs(b) for a, b in zip(run["losses"], reference, strict=True)]
+        run["agrees"] = all(difference <= AGREE for difference in run["loss_differences"])  # a NaN does not
+        result["good"] = result["good"] and run["agrees"]
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -181,7 +181,7 @@ def show(result: dict[str, Any]) -> None:
             spread([100 * s for s in run["share"]], ".0f") + " %", f"{run['peak_bytes'] / 2**20:.0f}",
             f"{run['steady_bytes'] / 2**20:.0f}", f"{run['setup_seconds'] + run['warm_seconds']:.1f}",
             f"{run['losses'][0]:.5f}", f"{run['losses'][-1]:.5f}", f"{run['last_loss']:.4f}",
-            "" if name == base else "yes" if run["loss_difference"] <= AGREE else "NO",
+            "" if name == base else "yes" if run["agrees"] else "NO",
         ])  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     for row in rows:

@@ -28,21 +28,21 @@ class Progress:
         self.width = 0
 
     def step(self, step: int, seconds: float, values: dict[str, float]) -> None:
-        """One finished step: ``values`` holds loss, grad_norm, lr and bubble."""
+        """A finished step, the ``step``-th from 1: ``values`` holds loss, grad_norm, lr and bubble."""
         self.rate = seconds if not self.rate else 0.9 * self.rate + 0.1 * seconds
         self._write(
             {
                 "step": step,
                 **values,
-                "tokens": (step + 1) * self.tokens,
+                "tokens": step * self.tokens,
                 "seconds": seconds,
                 "tokens_per_s": self.tokens / seconds,
                 "flops_per_s": self.flops / seconds,
                 "peak_share": self.flops / seconds / self.peak,
             }
         )
-        last = step + 1 == self.steps
-        if (step + 1) % self.every == 0 or last or step == 0 or time.monotonic() - self.shown > 5:
+        last = step == self.steps
+        if step % self.every == 0 or last or step == 1 or time.monotonic() - self.shown > 5:
             self.shown = time.monotonic()
             self._show(self._line(step, values), keep=last)
 
@@ -66,9 +66,9 @@ class Progress:
         os.replace(part, self.out / "done.json")
 
     def _line(self, step: int, values: dict[str, float]) -> str:
-        left = (self.steps - step - 1) * self.rate
+        left = (self.steps - step) * self.rate
         return (
-            f"step {step + 1:>6}/{self.steps}  loss {values['loss']:7.4f}  norm {values['grad_norm']:8.3f}  "
+            f"step {step:>6}/{self.steps}  loss {values['loss']:7.4f}  norm {values['grad_norm']:8.3f}  "
             f"{self.tokens / self.rate:9,.0f} tokens/s  {self.flops / self.rate / 1e9:6.1f} GFLOP/s "
             f"({self.flops / self.rate / self.peak:4.0%} of peak)  bubble {values['bubble']:4.0%}  {clock(left)} left"
         )

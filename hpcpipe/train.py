@@ -58,7 +58,7 @@ def train(config: Config, link: Link) -> float:
             job.feed("train", step)
             job.program.run()
             loss, norm, rate, bubble, stop = job.finish(step, bool(asked))
-            job.tell(step, time.perf_counter() - began, loss=loss, grad_norm=norm, lr=rate, bubble=bubble)
+            job.tell(step + 1, time.perf_counter() - began, loss=loss, grad_norm=norm, lr=rate, bubble=bubble)
             job.evaluate(step + 1)
             if job.due(step + 1, job.config.checkpoint.every) or stop or step + 1 == job.config.train.steps:
                 job.save(step + 1, loss)
@@ -326,17 +326,18 @@ class Job:
                 error = str(problem)
         found = self.link.gather((record, error))
         if found is not None:
-            error = next((e for _, e in found if e), None)
+            error, notes = next((e for _, e in found if e), None), []
             try:
                 if error is None:
                     write.commit(folder, [r for r, _ in found if r is not None], self._attributes(step, loss))
-                    write.prune(self.out, self.config.checkpoint.keep)
+                    notes = write.prune(self.out, self.config.checkpoint.keep)
             except UserError as problem:
                 error = str(problem)
             if error:
                 write.discard(folder)
             assert self.progress is not None
-            self.progress.say(f"NOT saved: {error}" if error else f"saved {folder}")
+            for line in (f"NOT saved: {error}" if error else f"saved {folder}", *notes):
+                self.progress.say(line)
         self.unsaved = self.link.bcast(error)
 
     def _pieces(self) -> Iterator[write.Piece]:

@@ -175,6 +175,9 @@ class MpiLink:
 
     def __init__(self, mpi: Any, comm: Any, crowded: bool = False) -> None:
         self._mpi, self._comm = mpi, comm
+        self._receives: list[Any] = []
+        self._sends: list[Any] = []
+        self._groups: list[MpiLink] = []
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
         self.hostname = platform.node()
@@ -185,10 +188,12 @@ class MpiLink:
         node.Free()
 
     def sender(self, peer: int, tag: int, buffer: Any) -> Channel:
-        return MpiChannel(self._comm.Send_init(self._bytes(buffer), peer, tag), self._crowded)
+        self._sends.append(self._comm.Send_init(self._bytes(buffer), peer, tag))
+        return MpiChannel(self._sends[-1], self._crowded)
 
     def receiver(self, peer: int, tag: int, buffer: Any) -> Channel:
-        return MpiChannel(self._comm.Recv_init(self._bytes(buffer), peer, tag), self._crowded)
+        self._receives.append(self._comm.Recv_init(self._bytes(buffer), peer, tag))
+        return MpiChannel(self._receives[-1], self._crowded)
 
     def sendrecv(self, send: Any, recv: Any, peer: int) -> None:
         self._comm.Sendrecv(self._bytes(send), peer, recvbuf=self._bytes(recv), source=peer)
@@ -219,6 +224,7 @@ class MpiLink:
         everybody = self._comm.Get_group()
         members = everybody.Incl(list(ranks))
         link = MpiLink(self._mpi, self._comm.Create_group(members), self._crowded)
+        self._groups.append(link)
         members.Free()
         everybody.Free()
         return link
@@ -232,16 +238,28 @@ class MpiLink:
         last = threading.Timer(PATIENCE, os._exit, (1,))  # the launcher ends the others when a rank is gone
         last.daemon = True
         last.start()
-        self._mpi.COMM_WORLD.Abort(1)
+        if not self._mpi.Is_finalized():
+            self._mpi.COMM_WORLD.Abort(1)
         os._exit(1)
 
     def node_ranks(self) -> tuple[int, int]:
         return self._node
 
     def close(self) -> None:
+        for group in self._groups:
+            group.close()
+        for request in self._receives:  # MPI complains of requests that are left at its end
+            if not request.Test():
+                request.Cancel()
+                request.Wait()
+            request.Free()
+        for request in self._sends:
+            request.Free()
+        self._groups, self._receives, self._sends = [], [], []
         if self._comm == self._mpi.COMM_WORLD:
-            self._mpi.Finalize()
-        else:
+            with contextlib.suppress(self._mpi.Exception):  # MPICH objects to messages that an error left on their way
+                self._mpi.Finalize()
+        elif self._comm != self._mpi.COMM_NULL:
             self._comm.Free()
 
     def _bytes(self, buffer: Any) -> list[Any]:

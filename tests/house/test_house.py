@@ -39,7 +39,7 @@ ARROWS = {
     "planner": {"model", "runtime", "data", "placement", "backends", "schedule", "config"},
     "model": {"layers", "config"},
     "runtime": {"backends", "schedule", "comm", "config"},
-    "checkpoint": set(),
+    "checkpoint": {"config"},
     "data": {"config"},
     "corpus": set(),
     "placement": set(),

@@ -34,7 +34,13 @@ elif how == "abort":
     if fails:
         link.abort("the disk is full; make room and start again")
     link.barrier()
-elif how == "agree":
+elif how.startswith("agree"):
+    kind, n = how.split()[1:3] if " " in how else ("", "0")
+    if kind:  # a message that the error leaves on its way
+        peer = (link.rank + 1) % link.size
+        buffer = np.zeros(int(n))
+        channel = link.sender(peer, 1, buffer) if kind == "sent" else link.receiver(peer, 1, buffer)
+        channel.start()
     try:
         link.agree("model.layers is 0" if fails else None)
     except JobError as error:
@@ -42,6 +48,11 @@ elif how == "agree":
             print(f"hpcpipe: {error}", file=sys.stderr, flush=True)
         link.close()
         sys.exit(2)
+elif how == "exception after the end":
+    link.close()
+    if fails:
+        raise RuntimeError("the last rank has lost its way")
+    sys.exit()
 else:
     raise SystemExit(f"unknown: {how}")
 print(f"rank {link.rank} went on", flush=True)

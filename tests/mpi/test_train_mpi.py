@@ -52,7 +52,9 @@ def ended_in(done: launch.Done, *words: str) -> None:
 
 @MPIS
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(("ranks", "schedule", "cut"), [(2, "1f1b", "auto"), (3, "gpipe", [1, 1, 2]), (4, "1f1b", "even")])
+@pytest.mark.parametrize(
+    ("ranks", "schedule", "cut"), [(2, "1f1b", "auto"), (3, "gpipe", [1, 1, 2]), (4, "1f1b", "even")]
+)
 def test_ranks_give_the_bits_of_one_process(
     which, model: str, ranks: int, schedule: str, cut: object, ones: dict[str, Result], data: Path, tmp_path: Path
 ) -> None:
@@ -177,7 +179,15 @@ def test_a_signal_saves_and_ends_the_run(which, number: int, data: Path, tmp_pat
     # and the next start goes on from there, with the bits of a run that was never stopped
     more = ("--set", f"train.steps={steps + 3}", "--set", "optimizer.decay_steps=1")
     on = ended_well(launch.run(here, 2, (*PROGRAM, config, *more)), tmp_path)
-    whole = run(data, tmp_path / "whole", 1, "llama", train__steps=steps + 3, optimizer__schedule="wsd", optimizer__decay_steps=1)
+    whole = run(
+        data,
+        tmp_path / "whole",
+        1,
+        "llama",
+        train__steps=steps + 3,
+        optimizer__schedule="wsd",
+        optimizer__decay_steps=1,
+    )
     assert on.losses == whole.losses and on.tensors == whole.tensors
 
 
@@ -198,7 +208,10 @@ def _until_step(folder: Path, step: int, timeout: float = 60) -> None:
     """Waits until a run has written that many steps down."""
     metrics, end = folder / "out/metrics.jsonl", time.monotonic() + timeout
     while time.monotonic() < end:
-        if metrics.exists() and sum("loss" in json.loads(line) for line in metrics.read_text().splitlines()[:-1]) >= step:
+        if (
+            metrics.exists()
+            and sum("loss" in json.loads(line) for line in metrics.read_text().splitlines()[:-1]) >= step
+        ):
             return
         time.sleep(0.05)
     raise AssertionError(f"no step {step} after {timeout} s")
