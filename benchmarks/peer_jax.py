@@ -2,7 +2,7 @@
 
 Variants, joined by "-": ``unroll`` or ``scan`` over the layers, ``dpa`` (jax.nn.dot_product_attention) or ``einsum``
 attention, ``gather`` or ``onehot`` embedding (the gradient of a gather is a serial scatter on the CPU).
-The default is what was fastest at the benchmark's shapes. Matrices are kept as [in, out].
+Compare them on a quiet machine with ``--competitors jax:scan-dpa-gather jax:…``. Matrices are kept as [in, out].
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Frozen dataclasses <- TOML and back: types, limits, the nearest right key for a misspelt one; no setting by name.
 
 In go a dataclass made of ``value`` fields and of sections (dataclasses of ``value`` fields), and text; out come checked
-values. A field's declaration is its only home: default, unit, meaning and limits stand in one line. Whatever is wrong is
-a ValueError whose message is one sentence that begins with the name of its source.
+values. A field's declaration is its only home: default, unit, meaning and limits stand in one line. What is wrong is a
+ValueError whose message is one sentence that begins with the name of its source.
 """
 
 from __future__ import annotations

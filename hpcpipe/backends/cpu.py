@@ -72,17 +72,21 @@ def library(level: str) -> Path:
 
 
 def prepare_environment() -> None:
-    """Settings that the libraries read when they are loaded; one that the user made stays.
+    """Settings that the libraries read when they are loaded.
 
-    OpenBLAS knows AVX-512 processors newer than itself by this name, and a Haswell's products take twice as long on
-    one. A thread that waits for its team's next loop spins for about 100 microseconds, not for milliseconds: with more
-    ranks than cores it would hold up the others.
+    OpenBLAS's kernels decide the last bits of every product, so they are chosen here, by the processor: what a rank's
+    shell happens to export must not make it differ from the others (or run AVX-512 processors as if they were a
+    Haswell, at half their speed). A thread that waits for its team's next loop spins for about 100 microseconds, not
+    for milliseconds: with more ranks than cores it would hold up the others.
     """
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("KMP_BLOCKTIME", "0")
-    if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"} <= cpu_flags():
-        os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
+    os.environ.pop("OPENBLAS_L2_SIZE", None)
+    flags = cpu_flags()
+    core = next((name for name, needed in BLAS_CORES.items() if set(needed.split()) <= flags), None)
+    if core:
+        os.environ["OPENBLAS_CORETYPE"] = core
 
 
 def load(level: str) -> ctypes.CDLL:

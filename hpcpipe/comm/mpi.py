@@ -65,7 +65,7 @@ def settings(
     Open MPI: yield the core while waiting; with more ranks than cores, or unbound ones, a waiting rank otherwise holds
     up the rank it waits for (barriers of 4 to 12 ms). On one node without a fabric, naming shared memory and TCP saves
     the second that probing for fabrics takes; Open MPI 4 calls the former by another name and is left alone. Of the
-    ways to prove who we are that srun offers, the one that every build of PMIx has; without it PMIx warns of the others.
+    ways to prove who we are that srun offers, the one that every PMIx has; it warns of those that it has not.
     """
     wanted: dict[str, str] = {}
     if vendor == "Open MPI":
@@ -257,7 +257,8 @@ class MpiLink:
             request.Free()
         self._groups, self._receives, self._sends = [], [], []
         if self._comm == self._mpi.COMM_WORLD:
-            with contextlib.suppress(self._mpi.Exception):  # MPICH objects to messages that an error left on their way
+            self._comm.Barrier()  # MPICH's launcher kills the others when one rank fails to end
+            with contextlib.suppress(self._mpi.Exception):  # as with messages that an error left on their way
                 self._mpi.Finalize()
         elif self._comm != self._mpi.COMM_NULL:
             self._comm.Free()

@@ -2,13 +2,13 @@
  *
  * n tokens, c channels, f feed-forward width.
  *   gelu:    y = x sigmoid(2a (x + b x^3)), the tanh form;           dx = dy times its slope
- *   swiglu:  x = [gate | up]:  y = gate s up, s = sigmoid(gate);     dgate = dy up s (1 + gate (1 - s)), dup = dy gate s
+ *   swiglu:  x = [gate | up]:  y = gate s up, s = sigmoid(gate);   dgate = dy up s (1 + gate (1 - s)), dup = dy gate s
  *   add:     y = a + b
  *   dropout: y = x keep / (1 - p), keep from a counter-based hash;   on == 0 copies
  * All write. Moves 8 n c bytes (gelu_fwd, dropout), 12 n c (gelu_dx, add), 12 n f (swiglu_fwd), 20 n f (swiglu_dx).
- * The trick: exp is a polynomial in plain arithmetic (formula.h), so the compiler turns these loops into vector code and
- * memory is the limit. swiglu jumps between gate and up, which loses the processor's own prefetching: it asks for the
- * next token's lines itself.
+ * The trick: exp is a polynomial in plain arithmetic (formula.h), so the compiler turns these loops into vector code
+ * and memory is the limit. swiglu jumps between gate and up, which loses the processor's own prefetching: it asks for
+ * the next token's lines itself.
  */
 #include "team.h"
 
@@ -43,7 +43,8 @@ void hp_swiglu_dx(float *dx, const float *dy, const float *x, int64_t n, int64_t
     const float *restrict gate = x + i * 2 * f, *restrict up = gate + f, *restrict from = dy + i * f;
     float *restrict dgate = dx + i * 2 * f, *restrict dup = dgate + f;
     for (int64_t j0 = 0; j0 < f; j0 += HP_AHEAD) {
-      fetch(gate + 2 * f + j0), fetch(up + 2 * f + j0), fetch(from + f + j0), fetch(dgate + 2 * f + j0), fetch(dup + 2 * f + j0);
+      fetch(gate + 2 * f + j0), fetch(up + 2 * f + j0), fetch(from + f + j0);
+      fetch(dgate + 2 * f + j0), fetch(dup + 2 * f + j0);
       for (int64_t j = j0; j < HP_MIN(f, j0 + HP_AHEAD); j++) {
         const float s = hp_sigmoid(gate[j]);
         dgate[j] = from[j] * up[j] * hp_silu_slope(gate[j], s);

@@ -5,16 +5,17 @@
  *   fwd: S = q k^T / sqrt(d), causal;  P = exp(S - lse), lse = log sum exp S;  y = P v                  writes y, lse
  *   dx:  D = sum over d of dy y;  dP = dy v^T;  dS = P (dP - D);  dq = dS k / sqrt(d);
  *        dk = dS^T q / sqrt(d);  dv = P^T dy, both summed over the query heads of a group              writes dqkv
- * Moves 4 n (h + 2k) d bytes in and 4 n h d out (fwd), about three times that (dx); the t x t matrix never exists: a thread
- * holds one (fwd) or two (dx) blocks of 64 x t in `work`, and keys after the last query of a block are not touched.
- * The trick: dx takes the query blocks from the last to the first. The last block reaches every key, so it writes dk and dv
- * and all others add to them: no clearing, and one fixed order, since one thread owns a key/value head.
+ * Moves 4 n (h + 2k) d bytes in and 4 n h d out (fwd), about three times that (dx); the t x t matrix never exists: a
+ * thread holds one (fwd) or two (dx) blocks of 64 x t in `work`, and keys after the last query of a block are not
+ * touched.
+ * The trick: dx takes the query blocks from the last to the first. The last block reaches every key, so it writes dk
+ * and dv and all others add to them: no clearing, and one fixed order, since one thread owns a key/value head.
  */
 #include "team.h"
 
 #define HP_QUERIES 64
-/* Row stride of a block of scores: not a power of two, whose rows would share a few cache sets. The table's expression for
- * `work` is two such blocks. */
+/* Row stride of a block of scores: not a power of two, whose rows would share a few cache sets. The table's expression
+ * for `work` is two such blocks. */
 #define HP_STRIDE(t) ((t) + 32)
 /* Rows of scores are worked on in whole vectors: up to 15 numbers beyond `end`, which no product reads. */
 #define HP_WHOLE(end) (((end) + 15) / 16 * 16)

@@ -6,8 +6,8 @@
  *   position_fwd:  y = x + w[row % t]          writes y
  *   position_dw:   dw[row % t] += dy           accumulates
  * Moves 8 n c bytes (fwd), 12 n c (dw: the rows that occur, read and written, and dy).
- * The trick: embedding_dw gives each thread columns, not rows, so that a token that occurs twice is added in the order of
- * the tokens without locks; position_dw gives each thread positions, each of which sums over the sequences in order.
+ * The trick: embedding_dw gives each thread columns, not rows, so that a token that occurs twice is added in the order
+ * of the tokens without locks; position_dw gives each thread positions, each of which sums over the sequences in order.
  */
 #include "team.h"
 

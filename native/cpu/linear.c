@@ -11,9 +11,9 @@
  */
 #include "team.h"
 
-/* A tile of m x k outputs over a depth of K costs K (m k + HP_PACK (m + k)) + HP_CALL multiply-adds: BLAS first copies its
- * operands into the order it wants. A side of at most HP_TILE keeps them in a core's second-level cache; waking a team
- * costs HP_WAKE. All four measured. */
+/* A tile of m x k outputs over a depth of K costs K (m k + HP_PACK (m + k)) + HP_CALL multiply-adds: BLAS first copies
+ * its operands into the order it wants. A side of at most HP_TILE keeps them in a core's second-level cache; waking a
+ * team costs HP_WAKE. All four measured. */
 #define HP_TILE 512
 #define HP_PACK 25
 #define HP_CALL 65536
@@ -28,7 +28,7 @@ static tiling cut(int64_t rows, int64_t cols, int64_t down, int64_t across) {
   return t;
 }
 
-/* What a product costs teams of 1, 2 and 4 in all: small products are shared evenly by them, large ones have tiles for any. */
+/* What a product costs teams of 1, 2 and 4 in all: they share small ones evenly, large ones have tiles for any team. */
 static double cost(tiling t, int64_t depth) {
   const int64_t count = t.down * t.across;
   const double tile = (double)depth * (double)(t.rows * t.cols + HP_PACK * (t.rows + t.cols)) + HP_CALL;

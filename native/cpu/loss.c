@@ -1,8 +1,8 @@
 /* loss.c: softmax cross-entropy over v classes for n tokens, loss and gradient in one call.
  *
  *   nll[n] = log sum exp(logits) - logits[target];  loss = sum of nll in float64;  logits <- scale (softmax - onehot)
- * Writes loss and nll, overwrites logits[n,v]. A target below 0 is ignored: nll 0, gradient 0. A target of v or more gives
- * NaN. Moves 8 n v bytes: a row of logits is read and written once, its three loops run in cache.
+ * Writes loss and nll, overwrites logits[n,v]. A target below 0 is ignored: nll 0, gradient 0. A target of v or more
+ * gives NaN. Moves 8 n v bytes: a row of logits is read and written once, its three loops run in cache.
  * The trick: the gradient takes the place of the logits, so the largest activation of a model exists once. The sum over
  * tokens runs in the order of the tokens.
  */

@@ -4,8 +4,8 @@
  *              dx = rstd (g - mean(g) - u mean(g u));   dw += sum over n of dy u;   db += sum over n of dy
  *   rmsnorm:   u = x rstd,          y = u w,     rstd = 1/sqrt(mean(x^2) + eps)
  *              dx = rstd (g - u mean(g u));             dw += sum over n of dy u
- * fwd and dx write, dw accumulates. Moves 8 n c bytes (fwd), 12 n c (dx), 8 n c (dw): a row is read from memory once and
- * found in cache by the later loops over it.
+ * fwd and dx write, dw accumulates. Moves 8 n c bytes (fwd), 12 n c (dx), 8 n c (dw): a row is read from memory once
+ * and found in cache by the later loops over it.
  * The trick: u is never stored; dx and dw rebuild it from x and one or two numbers a row. dw is shared by columns.
  */
 #include "team.h"
@@ -68,7 +68,8 @@ void hp_rmsnorm_fwd(float *y, float *rstd, const float *x, const float *w, int64
   }
 }
 
-void hp_rmsnorm_dx(float *dx, const float *dy, const float *x, const float *w, const float *rstd, int64_t n, int64_t c) {
+void hp_rmsnorm_dx(float *dx, const float *dy, const float *x, const float *w, const float *rstd, int64_t n,
+    int64_t c) {
 #pragma omp parallel for schedule(static) if (n * c > HP_GRAIN)
   for (int64_t i = 0; i < n; i++) {
     const float *restrict row = x + i * c, *restrict up = dy + i * c;
@@ -86,5 +87,6 @@ void hp_rmsnorm_dw(float *dw, const float *dy, const float *x, const float *rstd
 #pragma omp parallel for schedule(static) if (n * c > HP_GRAIN)
   for (int64_t j0 = 0; j0 < c; j0 += slab)
     for (int64_t i0 = 0; i0 < n; i0 += HP_ROWS)
-      HP_COLUMN_SUM(dw, i0, HP_MIN(n, i0 + HP_ROWS), j0, HP_MIN(c, j0 + slab), dy[i * c + j] * (x[i * c + j] * rstd[i]));
+      HP_COLUMN_SUM(dw, i0, HP_MIN(n, i0 + HP_ROWS), j0, HP_MIN(c, j0 + slab),
+          dy[i * c + j] * (x[i * c + j] * rstd[i]));
 }

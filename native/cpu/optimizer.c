@@ -17,7 +17,8 @@ void hp_accumulate(float *acc, const float *x, int64_t n) {
 
 void hp_sumsq(double *s, const float *x, int64_t n) {
   double sums[HP_BLOCKS], total = 0;
-  const int64_t size = HP_MAX(HP_PIECE, ((n + HP_BLOCKS - 1) / HP_BLOCKS + 63) / 64 * 64), blocks = (n + size - 1) / size;
+  const int64_t size = HP_MAX(HP_PIECE, ((n + HP_BLOCKS - 1) / HP_BLOCKS + 63) / 64 * 64);
+  const int64_t blocks = (n + size - 1) / size;
 #pragma omp parallel for schedule(static) if (n > HP_GRAIN)
   for (int64_t i = 0; i < blocks; i++) {
     const int64_t end = HP_MIN(n, (i + 1) * size);
@@ -34,7 +35,8 @@ void hp_sumsq(double *s, const float *x, int64_t n) {
 }
 
 void hp_adamw_step(float *p, float *g, float *m, float *v, const double *hyper, int64_t n, float decay) {
-  const hp_adamw a = {(float)hyper[0], (float)hyper[1], (float)hyper[2], (float)(1.0 - hyper[1]), (float)(1.0 - hyper[2]),
-      (float)hyper[3], (float)(1.0 / hyper[4]), (float)(1.0 / hyper[5]), (float)hyper[6], decay};
+  const hp_adamw a = {(float)hyper[0], (float)hyper[1], (float)hyper[2], (float)(1.0 - hyper[1]),
+      (float)(1.0 - hyper[2]), (float)hyper[3], (float)(1.0 / hyper[4]), (float)(1.0 / hyper[5]), (float)hyper[6],
+      decay};
   HP_EACH_ELEMENT(n, hp_adamw_element(&a, p + e, g + e, m + e, v + e););
 }

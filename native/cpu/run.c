@@ -1,9 +1,10 @@
 /* run.c: the team of threads, the walk over a recording, and the peak that shares of a machine are measured against.
  *
  * A team belongs to the thread that called hp_init: several ranks may live in one process, each in a thread of its own.
- * Every thread of a team flushes subnormal numbers to zero, on input and output: late in training they appear in moments and
- * softmax tails and cost a hundred cycles each. The caller's own mode is given back to it after each hp_run.
- * No allocation happens after hp_init: BLAS maps one buffer per thread on first use, so hp_init makes each thread use it once.
+ * Every thread of a team flushes subnormal numbers to zero, on input and output: late in training they appear in
+ * moments and softmax tails and cost a hundred cycles each. The caller's own mode is given back to it after each
+ * hp_run.
+ * No allocation happens after hp_init: BLAS maps one buffer per thread on first use, so hp_init makes each use it once.
  */
 #define _GNU_SOURCE
 #include <stdlib.h>
@@ -65,7 +66,7 @@ void hp_run(const hp_call *calls, int64_t n, char *arena, const int64_t *bases, 
   restore(before);
 }
 
-/* Products of 512 x 512, one after the other in every thread at once, for about `seconds`. The only place that allocates. */
+/* Products of 512 x 512, one after the other in every thread at once, for about `seconds`. Only this allocates. */
 double hp_matmul_peak(double seconds) {
   enum { SIDE = 512, HUGE_PAGE = 2 << 20 };
   const size_t size = (size_t)SIDE * SIDE, bytes = (3 * size * sizeof(float) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;

@@ -17,8 +17,8 @@
 #define HP_MIN(a, b) ((a) < (b) ? (a) : (b))
 #define HP_MAX(a, b) ((a) > (b) ? (a) : (b))
 
-/* A loop over elements e, shared in fixed pieces: where a piece ends, and so which elements the vector loop leaves to its
- * scalar tail, is the same for any number of threads. */
+/* A loop over elements e, shared in fixed pieces: where a piece ends, and so which elements the vector loop leaves to
+ * its scalar tail, is the same for any number of threads. */
 #define HP_EACH_ELEMENT(size_, body)                                                  \
   do {                                                                                \
     const int64_t end_ = (size_);                                                     \
@@ -37,8 +37,8 @@ static inline void hp_sgemm(enum CBLAS_TRANSPOSE ta, enum CBLAS_TRANSPOSE tb, in
       beta, c, (blasint)ldc);
 }
 
-/* sum += terms over j in [0, n): HP_LANES running sums, added in pairs at the end. The compiler, left to itself, either keeps
- * one running sum or adds the lanes of a vector one by one. */
+/* sum += terms over j in [0, n): HP_LANES running sums, added in pairs at the end. The compiler, left to itself, either
+ * keeps one running sum or adds the lanes of a vector one by one. */
 #define HP_LANES 32
 typedef float hp_vector16 __attribute__((vector_size(64), aligned(4)));
 typedef float hp_vector8 __attribute__((vector_size(32), aligned(4)));
@@ -68,8 +68,8 @@ static inline float hp_sum_lanes(const float *lane) {
     sum += hp_sum_lanes(lane_);                                                       \
   } while (0)
 
-/* Sums over rows: columns go in chunks of HP_LANES whose sums stay in registers, rows in blocks of HP_ROWS whose sums are
- * then added to the result. A column's additions have one order, wherever its chunk is computed. */
+/* Sums over rows: columns go in chunks of HP_LANES whose sums stay in registers, rows in blocks of HP_ROWS whose sums
+ * are then added to the result. A column's additions have one order, wherever its chunk is computed. */
 #define HP_ROWS 64
 static inline int64_t hp_column_slab(int64_t c) {
   const int64_t share = (c + omp_get_max_threads() - 1) / omp_get_max_threads();

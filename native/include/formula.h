@@ -1,7 +1,7 @@
 /* formula.h: the scalar formulas, one home for C and (with HP_FN redefined for the device) CUDA.
  *
- * Each is straight-line code without calls, tables or branches, so that a loop over it becomes vector code on any machine.
- * A NaN goes in, a NaN comes out: a run that has diverged must show it.
+ * Each is straight-line code without calls, tables or branches, so that a loop over it becomes vector code on any
+ * machine. A NaN goes in, a NaN comes out: a run that has diverged must show it.
  */
 #ifndef HPCPIPE_FORMULA_H
 #define HPCPIPE_FORMULA_H
@@ -32,7 +32,7 @@ HP_FN int32_t hp_bits_of(float value) {
 /* exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2, the polynomial of Cephes' expf; within 2 ulp.
  * Below -87.33 it is 0 (the result would be subnormal), above 88.37 infinite. */
 HP_FN float hp_exp(float x) {
-  const float round = 12582912.0f; /* 1.5 * 2^23: adding it leaves the rounded integer in the low bits of the mantissa */
+  const float round = 12582912.0f; /* 1.5 * 2^23: adding it leaves the rounded integer in the low bits */
   const float z = x * 1.44269504088896341f + round;
   const float n = z - round;
   float r = x - n * 0.693359375f; /* ln 2 in two parts: the first product is exact */
@@ -71,7 +71,7 @@ HP_FN float hp_log(float x) {
 
 HP_FN float hp_sigmoid(float x) { return 1.0f / (1.0f + hp_exp(-x)); }
 
-/* GELU in its tanh form, written with (1 + tanh(u)) / 2 = sigmoid(2u):  y = x sigmoid(2 a (x + b x^3)), a = sqrt(2/pi) */
+/* GELU in its tanh form, by (1 + tanh(u)) / 2 = sigmoid(2u):  y = x sigmoid(2 a (x + b x^3)), a = sqrt(2/pi) */
 #define HP_GELU_2A 1.5957691216057308f
 #define HP_GELU_B 0.044715f
 HP_FN float hp_gelu(float x) { return x * hp_sigmoid(HP_GELU_2A * (x + HP_GELU_B * x * x * x)); }

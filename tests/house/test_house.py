@@ -23,6 +23,7 @@ FLOORS = (
     ("planner",),
     ("model", "runtime", "checkpoint", "data", "corpus", "placement", "progress"),
     ("layers", "backends", "schedule", "comm", "config"),
+    ("settings",),
 )
 
 # Who imports whom, exactly: an arrow that is not drawn fails, and so does one that nobody uses. config.UserError, how a
@@ -33,7 +34,7 @@ ARROWS = {
         "planner", "model", "runtime", "checkpoint", "data", "placement", "progress", "backends", "schedule", "comm",
         "config",
     },
-    "generate": set(),
+    "generate": {"data"},
     "predict": {"model", "runtime", "checkpoint", "data", "backends", "schedule", "comm", "config"},
     "prepare": {"corpus", "data"},
     "planner": {"model", "runtime", "data", "placement", "backends", "schedule", "config"},
@@ -48,7 +49,8 @@ ARROWS = {
     "backends": set(),
     "schedule": set(),
     "comm": set(),
-    "config": set(),
+    "config": {"settings"},
+    "settings": set(),
 }  # fmt: skip
 
 DOORS = {
@@ -63,7 +65,7 @@ LAZY = ("tokenizers", "pyarrow")
 HEAVY = ("numpy", "h5py", "mpi4py", "tokenizers", "ctypes", "multiprocessing", "asyncio")  # none for `hpcpipe --help`
 
 # Standard library only: rooms and files that a laptop, a scheduler's prologue or a test can run on nothing.
-PURE = ("hpcpipe/schedule/", "hpcpipe/planner/", "hpcpipe/layers/", "hpcpipe/checkpoint/layout.py", "hpcpipe/config.py")
+PURE = ("hpcpipe/schedule/", "hpcpipe/planner/", "hpcpipe/layers/", "hpcpipe/checkpoint/layout.py", "hpcpipe/config.py", "hpcpipe/settings.py")
 PURE_BUT = {"tomli"}  # the standard library's own parser, for Python 3.10
 
 FORBIDDEN_NAMES = ("utils", "util", "common", "helpers", "helper", "core", "manager", "misc", "base")

@@ -102,15 +102,39 @@ def run(
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """Kills a job with all its ranks; Open MPI's have process groups of their own but stay in its session."""
+    """Kills a job with all its ranks."""
+    job = descendants(process.pid)
     process.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(3)
+    for pid in job:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.kill()
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that a process has started, and these in turn; a rank may be in a group and session of its own."""
+    parents: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            if int(stat.read_text().rpartition(")")[2].split()[3]) == process.pid:
-                os.kill(int(stat.parent.name), signal.SIGKILL)
-    process.kill()
+            parents.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
+    found = [pid]
+    for each in found:
+        found += sorted(parents.get(each, ()))
+    return found[1:]
+
+
+def ranks(process: subprocess.Popen[str], program: Sequence[str]) -> list[int]:
+    """The processes of a job that run ``python program...``, as they were given to ``start``."""
+    wanted = b"\0".join(word.encode() for word in program)
+    found = []
+    for pid in descendants(process.pid):
+        with contextlib.suppress(OSError):
+            python, _, words = Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")
+            if b"python" in Path(os.fsdecode(python)).name.encode() and words.startswith(wanted + b"\0"):
+                found.append(pid)
+    return found
 
 
 def _environment(variables: Mapping[str, str]) -> dict[str, str]:

@@ -208,6 +208,14 @@ def test_what_is_written_reads_back_equal(data: st.DataObject) -> None:
         assert to_toml(loads(to_toml(again))) == to_toml(again)
 
 
+@pytest.mark.parametrize(
+    "text", ["", "🙂 日本", 'a "quoted" one', "back\\slash", "it's", "# no comment", "[x] = 1", "é̄"]
+)
+def test_texts_survive(text: str) -> None:
+    config = dataclasses.replace(Config(), out=text)
+    assert loads(to_toml(config)) == loads(to_toml(config, comments=True)) == config
+
+
 def test_the_digest_sees_everything_and_the_results_digest_what_matters() -> None:
     base = loads("")
     assert digest(base) == digest(loads(to_toml(base, comments=True)))
