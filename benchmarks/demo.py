@@ -1,8 +1,8 @@
 """``make demo``: the main job on real input, with nothing but the commands that a user types.
 
-Prepares Python's own standard library, trains a small Llama through two pipeline ranks for about 75 seconds, looks at the
-checkpoint and lets the model write code. Each command is printed before it runs. The number of steps is what this machine
-can do in the time: a few steps are timed first.
+Prepares Python's own standard library, trains a small Llama through two pipeline ranks for about 75 seconds, looks at
+the checkpoint and lets the model write code. Each command is printed before it runs. The number of steps is what this
+machine can do in the time: a few steps are timed first.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def main() -> int:
     mpirun = f"mpirun -n {options.ranks} hpcpipe train"
     steps = calibrate(mpirun, options.seconds)
     config = FOLDER / "run.toml"
-    config.write_text(RUN.format(steps=steps, warmup=max(1, steps // 20), every=max(1, steps // 4), save=max(1, steps // 2)))
+    config.write_text(
+        RUN.format(steps=steps, warmup=max(1, steps // 20), every=max(1, steps // 4), save=max(1, steps // 2))
+    )
     shutil.rmtree(run, ignore_errors=True)
     call(f"hpcpipe plan {config}", "--ranks", str(options.ranks))
     call(mpirun, str(config))

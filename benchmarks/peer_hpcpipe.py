@@ -16,7 +16,7 @@ from benchmarks.worker import Run, serve
 from hpcpipe import data
 from hpcpipe.comm.local import LocalWorld
 from hpcpipe.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-from hpcpipe.train import Job as Training
+from hpcpipe.job import Job as Training
 
 FOREVER = 1 << 30  # steps; the driver says when it is over
 

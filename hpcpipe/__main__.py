@@ -1,4 +1,7 @@
-"""The verbs, nothing else: what a person types becomes one call. Everything heavy is imported by the verb that needs it."""
+"""The verbs, nothing else: what a person types becomes one call.
+
+Everything heavy is imported by the verb that needs it.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +41,17 @@ def parser() -> argparse.ArgumentParser:
     prepare.add_argument("--vocab", type=int, default=8192, metavar="N", help="tokens of the byte-level BPE to train")
     prepare.add_argument("--tokenizer", metavar="JSON", help="use this tokenizer.json instead of training one")
     prepare.add_argument("--val", type=float, default=0.05, metavar="SHARE", help="share of documents held out")
-    prepare.add_argument("--errors", choices=("stop", "skip"), default="stop", help="what to do with text that is not UTF-8")
+    prepare.add_argument(
+        "--errors", choices=("stop", "skip"), default="stop", help="what to do with text that is not UTF-8"
+    )
     prepare.add_argument("--force", action="store_true", help="replace what is in DIR")
     prepare.set_defaults(run=_prepare)
 
     plan = verbs.add_parser("plan", help="cut, schedule, FLOPs and exact bytes per rank, predicted bubble")
     _config(plan)
-    plan.add_argument("--ranks", type=int, default=0, metavar="N", help="ranks; 0 = pipeline.stages x pipeline.replicas")
+    plan.add_argument(
+        "--ranks", type=int, default=0, metavar="N", help="ranks; 0 = pipeline.stages x pipeline.replicas"
+    )
     plan.set_defaults(run=_plan)
 
     train = verbs.add_parser("train", help="train; under mpirun or srun, one rank per device")

@@ -32,29 +32,29 @@ class Predictor:
     """The logits of one sequence. Weights are read from any checkpoint, whatever the layout it was written on."""
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, length: int, backend: Any) -> None:
-        """``length`` is the longest sequence that will be asked for; every call costs a forward pass over that many tokens."""
+        """``length`` is the longest sequence that will be asked for; every call costs a forward pass over as many."""
         self.length = length
         chain = model.chain(config, 1, self.length, scale=1.0, logits=True)
         recording = record(chain, None, backward=False)
         params = arena.parameters({0: chain}, model.ties(config), 1)
         inputs = arena.input_offsets([recording])
         places = arena.layout(recording, params, {n: at for n, (at, _) in inputs[0].items()}, backend.real)
-        memory = arena.arrange({0: places}, lambda *_: 1, params, inputs, 1, 0, backend.threads, backend.real)
+        memory = arena.arrange(
+            {0: places}, {(0, pool): 1 for pool in POOLS}, params, inputs, 1, 0, backend.threads, backend.real
+        )
         self.executor = Executor(memory, {0: Stage(recording, places)}, backend, LocalWorld(1).links[0])
         for name in params.owned:
             view = self.executor.array("PARAM", backend.real * params.param[name], params.shapes[name])
             checkpoint.read("parameter", name, view)
         slots = tuple(Slot(0, pool, 0) for pool in POOLS)
         self.bases = self.executor.bases(Instruction("F", 0, 0, slots))
+        self.ids: Any = self.executor.input("ids", 0)
         self.logits = backend.array(self.executor.arena, memory.base(0, "Y", 0), recording.y.shape, "r")
 
     def __call__(self, ids: np.ndarray) -> np.ndarray:
-        """Logits (tokens, vocab) of up to ``length`` token numbers; a position sees only itself and what stands before."""
-        view, key = self.executor.input("ids", 0), self.executor.input("key", 0)
-        view[:] = 0
-        view[: len(ids)] = ids
-        if key is not None:
-            key[:] = 0  # dropout off
+        """Logits (tokens, vocab) of up to ``length`` token numbers; a position sees itself and what stands before."""
         executor = self.executor
+        self.ids[:] = 0
+        self.ids[: len(ids)] = ids
         executor.backend.run(executor.passes[0, "F"], executor.arena, self.bases, executor.memory.work)
         return np.asarray(self.logits[: len(ids)])

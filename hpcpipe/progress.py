@@ -16,11 +16,14 @@ from typing import IO, Any
 
 
 class Progress:
-    """The record of one run in ``out``. ``flops`` and ``tokens`` are per step, ``peak`` the machine's matrix-product FLOP/s."""
+    """The record of one run in ``out``.
+
+    ``flops`` and ``tokens`` are per step, ``peak`` the machine's matrix-product FLOP/s.
+    """
 
     def __init__(self, out: Path, steps: int, flops: float, tokens: int, peak: float, every: int) -> None:
         self.out, self.steps, self.flops, self.tokens, self.peak, self.every = out, steps, flops, tokens, peak, every
-        self.file: IO[str] = open(out / "metrics.jsonl", "a", encoding="utf-8")
+        self.file: IO[str] = (out / "metrics.jsonl").open("a", encoding="utf-8")  # open for the whole run
         (out / "done.json").unlink(missing_ok=True)
         self.terminal = terminal()
         self.rate = 0.0  # seconds per step, averaged
@@ -59,11 +62,11 @@ class Progress:
         """Writes the completion record: the run ended well."""
         self.file.close()
         part = self.out / "done.json.part"
-        with open(part, "w", encoding="utf-8") as file:
+        with part.open("w", encoding="utf-8") as file:
             json.dump(record, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, self.out / "done.json")
+        part.replace(self.out / "done.json")
 
     def _line(self, step: int, values: dict[str, float]) -> str:
         left = (self.steps - step) * self.rate
@@ -78,7 +81,7 @@ class Progress:
         self.file.flush()
 
     def _show(self, text: str, keep: bool) -> None:
-        """A line that stays goes to stdout; the live line is overwritten in place, or is a line too where it cannot be."""
+        """A line that stays goes to stdout; the live line is overwritten in place, or a line too where it cannot be."""
         if self.terminal is not None:
             self.terminal.write("\r" + ("" if keep else text).ljust(self.width) + ("\r" if keep else ""))
             self.terminal.flush()
@@ -90,14 +93,15 @@ class Progress:
 def terminal() -> IO[str] | None:
     """Where a line can be overwritten: the terminal that a person looks at, or None.
 
-    Open MPI gives every rank a pseudo-terminal, also when its own output goes to a file, and holds back what has no newline;
-    so under it the launcher's stdout (rank 0 is its child) is looked at, and the terminal is written to directly.
+    Open MPI gives every rank a pseudo-terminal, also when its own output goes to a file, and holds back what has no
+    newline; so under it the launcher's stdout (rank 0 is its child) is looked at, and the terminal is written to
+    directly.
     """
     if "OMPI_COMM_WORLD_RANK" not in os.environ:
         return sys.stdout if sys.stdout.isatty() else None
     try:
-        shown = os.readlink(f"/proc/{os.getppid()}/fd/1")
-        return open("/dev/tty", "w", encoding="utf-8") if shown.startswith(("/dev/pts/", "/dev/tty")) else None
+        shown = str(Path(f"/proc/{os.getppid()}/fd/1").readlink())
+        return Path("/dev/tty").open("w", encoding="utf-8") if shown.startswith(("/dev/pts/", "/dev/tty")) else None
     except OSError:
         return None
 

@@ -31,6 +31,8 @@ LEVELS = {
     "x86-64-v3": "avx2 fma f16c bmi1 bmi2 abm movbe",
     "portable": "",
 }
+# OpenBLAS's name for the kernels to use, best first. It may not know a new processor, but it knows these.
+BLAS_CORES = {"SkylakeX": "avx512f avx512bw avx512cd avx512dq avx512vl", "Haswell": "avx2 fma"}
 TYPES: dict[str, np.dtype[Any]] = {
     "r": np.dtype("float32"),
     "i": np.dtype("int32"),

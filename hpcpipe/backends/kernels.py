@@ -53,7 +53,13 @@ def _parse(text: str, role: str) -> tuple[Arg, ...]:
     if "".join(m.group(0) for m in found) != text.replace(" ", ""):
         raise ValueError(f"kernel table: cannot read the arguments {text!r}")
     return tuple(
-        Arg(m["name"], "inout" if m["inout"] else role, m["type"] or "r", tuple(m["shape"].split(",")), bool(m["optional"]))
+        Arg(
+            m["name"],
+            "inout" if m["inout"] else role,
+            m["type"] or "r",
+            tuple(m["shape"].split(",")),
+            bool(m["optional"]),
+        )
         for m in found
     )
 
@@ -81,10 +87,12 @@ def _row(
     )
 
 
-# Letters: n tokens of a microbatch (b sequences of t), c channels in, o channels out, f feed-forward width, v vocabulary,
-# s learned positions, h query heads, k key/value heads, d head width. Matrices are row-major, weights are [out, in].
+# Letters: n tokens of a microbatch (b sequences of t), c channels in, o channels out, f feed-forward width,
+# v vocabulary, s learned positions, h query heads, k key/value heads, d head width. Matrices are row-major, weights are
+# [out, in].
 # attention: the causal half is counted once; flops are what the mathematics needs, not what a blocked kernel pads.
 _ATTENTION_WORK = "4*2*64*(t+32)"  # two blocks of 64 rows of scores, see attention.c
+# fmt: off
 TABLE: tuple[Kernel, ...] = (
     # y = x wᵀ + b;  dx = dy w;  dw += dyᵀ x, db += Σ dy
     _row("linear_fwd", "y[n,o]", "x[n,c] w[o,c] b?[o]", "n o c", "2*n*o*c"),
@@ -130,11 +138,12 @@ TABLE: tuple[Kernel, ...] = (
     # hyper = [lr, beta1, beta2, eps, 1 - beta1^step, 1 - beta2^step, gradient scale, unused]
     _row("adamw_step", "", "p+[n] g+[n] m+[n] v+[n] hyper:d[8]", "n", "14*n", reals="decay"),
 )
+# fmt: on
 BY_NAME: dict[str, Kernel] = {k.name: k for k in TABLE}
 
 
 def bind(kernel: Kernel, shapes: Mapping[str, tuple[int, ...] | None], ints: Mapping[str, int]) -> dict[str, int]:
-    """Dimension letters from the input shapes (None for an absent optional); raises ValueError where they do not fit."""
+    """Dimension letters from the input shapes (None for an absent optional); ValueError where they do not fit."""
     env: dict[str, int] = dict(ints)
     for arg in kernel.ins:
         shape = shapes[arg.name]
@@ -192,8 +201,11 @@ def digest() -> str:
 def dispatch_source() -> str:
     """C source of ``hp_dispatch``: one switch case per row that unpacks a recorded call."""
     lines = ['#include "hpcpipe.h"', f'const char *hp_table_digest(void) {{ return "{digest()}"; }}']
-    lines += ["void hp_dispatch(const hp_call *call, char *arena, const int64_t *bases, void *work) {",
-              "  const hp_arg *a = call->args; (void)work;", "  switch (call->kernel) {"]
+    lines += [
+        "void hp_dispatch(const hp_call *call, char *arena, const int64_t *bases, void *work) {",
+        "  const hp_arg *a = call->args; (void)work;",
+        "  switch (call->kernel) {",
+    ]
     for index, kernel in enumerate(TABLE):
         nb, nd = len(kernel.buffers), len(kernel.dims + kernel.ints)
         values = [f"hp_pointer(&a[{i}], arena, bases)" for i in range(nb)]

@@ -1,8 +1,8 @@
 """The null backend: runs a stage's three passes on shapes only and keeps what was called.
 
-The result, a ``Recording``, is a flat list of kernel calls on numbered tensors per pass. The planner prices it, the arena
-is laid out from it, and the fast backends execute it: Python is never in the hot loop. A layer sees only ``ops``: every
-kernel of the table as a method, plus ``ops.input`` for what the data loader provides.
+The result, a ``Recording``, is a flat list of kernel calls on numbered tensors per pass. The planner prices it, the
+arena is laid out from it, and the fast backends execute it: Python is never in the hot loop. A layer sees only ``ops``:
+every kernel of the table as a method, plus ``ops.input`` for what the data loader provides.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from hpcpipe.backends.kernels import BY_NAME, Kernel, bind, nbytes, shape_of
 
-PASSES = ("F", "B", "W")
+Pass = Literal["F", "B", "W"]
+PASSES: tuple[Pass, ...] = ("F", "B", "W")
 
 
 class Tensor(NamedTuple):
@@ -68,9 +69,9 @@ class Recording:
     dx: Tensor | None
 
     @cached_property
-    def lifetimes(self) -> dict[int, tuple[str, str]]:
+    def lifetimes(self) -> dict[int, tuple[Pass, Pass]]:
         """Tensor id -> (first pass, last pass) that touches it, for every tensor in any call."""
-        spans: dict[int, tuple[str, str]] = {}
+        spans: dict[int, tuple[Pass, Pass]] = {}
         for name in PASSES:
             for call in self.passes[name]:
                 for tensor in call.buffers:

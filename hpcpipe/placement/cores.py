@@ -1,4 +1,7 @@
-"""Cores of the node for each rank: the launcher's binding where it bound, a fair and disjoint share where it did not."""
+"""Cores of the node for each rank.
+
+The launcher's binding where it bound, a fair and disjoint share where it did not.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,18 @@ from collections.abc import Sequence
 
 def allowed() -> tuple[int, ...]:
     """The cores this process may run on, which is what the launcher, cgroup or taskset left it."""
-    return tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else tuple(range(os.cpu_count() or 1))
+    return (
+        tuple(sorted(os.sched_getaffinity(0)))
+        if hasattr(os, "sched_getaffinity")
+        else tuple(range(os.cpu_count() or 1))
+    )
 
 
 def share(masks: Sequence[tuple[str, tuple[int, ...]]], rank: int) -> tuple[int, ...]:
     """This rank's cores, given (host, allowed cores) of every rank.
 
-    Ranks of one host with the same mask split it evenly and without overlap; where they outnumber the cores each gets one,
-    in turn.
+    Ranks of one host with the same mask split it evenly and without overlap; where they outnumber the cores each gets
+    one, in turn.
     """
     host, mine = masks[rank]
     peers = [r for r, (h, mask) in enumerate(masks) if h == host and mask == mine]

@@ -31,7 +31,7 @@ class Cost(NamedTuple):
 
 
 def price(recording: Recording, device: Device) -> Cost:
-    """Seconds of each pass: every call takes the longer of its arithmetic and its memory traffic (Williams et al. 2009)."""
+    """Seconds of each pass: a call takes the longer of its arithmetic and its memory traffic (Williams et al. 2009)."""
     return Cost(
         *(
             sum(max(call.flops / device.flops, call.nbytes / device.bandwidth) for call in recording.passes[name])

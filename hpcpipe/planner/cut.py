@@ -9,7 +9,10 @@ from hpcpipe.config import UserError
 
 
 def bounds(cut: str | Sequence[int], costs: Sequence[float], stages: int) -> tuple[int, ...]:
-    """Slot boundaries (0, …, slots) of a cut: "auto" balances ``costs``, "even" counts slots, a list gives slots per stage."""
+    """Slot boundaries (0, …, slots) of a cut.
+
+    "auto" balances ``costs``, "even" counts slots, a list gives slots per stage.
+    """
     slots = len(costs)
     if stages > slots:
         raise UserError(

@@ -29,10 +29,14 @@ def _lines(p: Plan, threads: int, width: int) -> list[str]:
     m, t = c.model, c.train
     count = model.parameter_count(m)
     lines = [
-        f"{m.family}: {m.layers} layers, {m.heads} heads ({m.kv_heads} kv), width {m.width}, ffn {m.ffn}, "
-        f"vocabulary {m.vocab}, {count:,} parameters",
-        f"{len(p.stages)} stages x {p.replicas} replicas, {threads} threads each; {t.batch} sequences of {t.length} tokens "
-        f"per step in {p.micros} microbatches of {t.microbatch} per replica",
+        (
+            f"{m.family}: {m.layers} layers, {m.heads} heads ({m.kv_heads} kv), width {m.width}, ffn {m.ffn}, "
+            f"vocabulary {m.vocab}, {count:,} parameters"
+        ),
+        (
+            f"{len(p.stages)} stages x {p.replicas} replicas, {threads} threads each; {t.batch} sequences of "
+            f"{t.length} tokens per step in {p.micros} microbatches of {t.microbatch} per replica"
+        ),
         f"{p.flops / 1e9:,.2f} GFLOP per step, {p.flops / p.tokens / 1e6:,.3f} MFLOP per token",
         "",
         f"{'stage':>5} {'slots':<24} {'parameters':>13} {'F':>9} {'B':>9} {'W':>9}  GFLOP per microbatch",
@@ -43,7 +47,11 @@ def _lines(p: Plan, threads: int, width: int) -> list[str]:
         flops = [stage.recording.flops(name) / 1e9 for name in "FBW"]
         lines.append(f"{i:>5} {_span(stage.slots):<24} {size:>13,} " + " ".join(f"{f:>9.3f}" for f in flops))
     uses = list(dict.fromkeys(use for rank in p.ranks for use in rank.memory.by_use()))
-    lines += ["", "MiB per rank, exactly what is allocated:", "  rank " + " ".join(f"{u:>11}" for u in uses) + f" {'in all':>11}"]
+    lines += [
+        "",
+        "MiB per rank, exactly what is allocated:",
+        "  rank " + " ".join(f"{u:>11}" for u in uses) + f" {'in all':>11}",
+    ]
     for i, rank in enumerate(p.ranks):
         parts = rank.memory.by_use()
         sizes = [parts.get(use, 0) for use in uses] + [rank.memory.total]

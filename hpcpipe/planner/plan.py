@@ -1,7 +1,7 @@
 """One pure function from a config to everything a run needs: cut, schedule, programs, memory, predicted time.
 
-Every rank computes the same ``Plan`` from the same config; the plan is never sent, only its digest is compared. Nothing here
-knows MPI, and no array is touched: stages are recorded on the null backend and priced from the recording.
+Every rank computes the same ``Plan`` from the same config; the plan is never sent, only its digest is compared. Nothing
+here knows MPI, and no array is touched: stages are recorded on the null backend and priced from the recording.
 """
 
 from __future__ import annotations
@@ -90,20 +90,21 @@ class Plan:
 
 
 def resolve(config: Config, vocab: int = 0) -> Config:
-    """The config with the model's sizes and the sequence length filled in; ``vocab`` is the data's, 0 where not known."""
+    """The config with the model's sizes and the sequence length filled in; ``vocab`` is the data's, 0 if not known."""
     m = model.resolve(config.model, vocab, config.train.length)
     return replace(config, model=m, train=replace(config.train, length=config.train.length or m.context))
 
 
 def plan(config: Config, ranks: int, threads: int = 1, real: int = 4, device: Device = CORE) -> Plan:
-    """The plan of a resolved config on ``ranks`` ranks of ``threads`` threads; UserError where it cannot be laid out."""
+    """The plan of a resolved config on ``ranks`` ranks of ``threads`` threads; UserError if it cannot be laid out."""
     stages, replicas = grid(config.pipeline, ranks)
     micros = microbatches(config.train, replicas)
     _check_evaluation(config, replicas)
     chain = _chain(config)
     parts = _stages(config, chain, stages, device)
     schedule = policies.build(config.pipeline.schedule, stages, stages, micros)
-    costs = engine.Costs(*(tuple(part.cost[i] for part in parts) for i in range(3)), 0.0)
+    prices = [part.cost for part in parts]
+    costs = engine.Costs(tuple(p.F for p in prices), tuple(p.B for p in prices), tuple(p.W for p in prices))
     ties = model.ties(config.model)
     laid = _ranks(config, parts, schedule, ties, replicas, threads, real)
     timeline = engine.replay(schedule, costs)
@@ -133,7 +134,7 @@ def _stages(config: Config, chain: Any, stages: int, device: Device) -> tuple[St
         kind = "layer" if name.startswith("layer.") else name
         if kind not in priced:
             slot = model.cut(chain, (0, i, i + 1, len(names)) if 0 < i < len(names) - 1 else _edge(i, len(names)))
-            priced[kind] = price(record(slot[1 if 0 < i else 0], shape if i else None), device).total
+            priced[kind] = price(record(slot[1 if i > 0 else 0], shape if i else None), device).total
     costs = [priced["layer" if name.startswith("layer.") else name] for name in names]
     edges = bounds(config.pipeline.cut, costs, stages)
     parts = []
@@ -169,7 +170,9 @@ def _ranks(
     evaluations: tuple[Program | None, ...] = (None,) * len(programs)
     eval_micros = config.eval.microbatches // replicas
     if config.eval.every:
-        evaluations = program.lower(policies.forward_only(schedule.placement, eval_micros), lifetimes, forward_only=True)
+        evaluations = program.lower(
+            policies.forward_only(schedule.placement, eval_micros), lifetimes, forward_only=True
+        )
         check(evaluations)
     found = []
     for rank, mine in enumerate(held):
@@ -178,8 +181,6 @@ def _ranks(
         counts = {(s, pool): max(c.get((s, pool), 0) for c in both) for s in mine for pool in POOLS}
         micros = max(schedule.micros, eval_micros if config.eval.every else 0)
         scratch = arena.scratch_elements(params[rank], replicas)
-        memory = arena.arrange(
-            own, lambda s, pool, c=counts: c[s, pool], params[rank], inputs[rank], micros, scratch, threads, real
-        )
+        memory = arena.arrange(own, counts, params[rank], inputs[rank], micros, scratch, threads, real)
         found.append(RankPlan(mine, params[rank], own, memory, programs[rank], evaluations[rank]))
     return tuple(found)

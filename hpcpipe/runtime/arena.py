@@ -1,18 +1,20 @@
 """The arena: one allocation per rank, and where every tensor lies in it, known before step 0.
 
-In: the recordings of a rank's stages and the slot counts of its program. Out: ``Memory``, a table of offsets whose total is
-exactly what is allocated. A tensor's address is arena + base of its region + offset; the base depends on the microbatch
-slot, so one recorded pass serves every microbatch and nothing is allocated, or looked up by name, while training runs.
+In: the recordings of a rank's stages and the slot counts of its program. Out: ``Memory``, a table of offsets whose
+total is exactly what is allocated. A tensor's address is arena + base of its region + offset; the base depends on the
+microbatch slot, so one recorded pass serves every microbatch and nothing is allocated, or looked up by name, while
+training runs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hpcpipe.backends.kernels import evaluate
 from hpcpipe.backends.null import PASSES, Call, Recording, Tensor
+from hpcpipe.schedule.op import Kind
 from hpcpipe.schedule.program import POOLS, Lifetimes
 
 RESIDENT = ("PARAM", "GRAD", "MOMENT1", "MOMENT2", "SCALAR", "INPUT", "TEMP", "SCRATCH")
@@ -103,7 +105,7 @@ class Layout:
 def layout(recording: Recording, params: Parameters, inputs: Mapping[str, int], real: int) -> Layout:
     """Gives every tensor of a recording its place; what a pass writes and a later pass reads decides the pool.
 
-    ``inputs`` maps loader input names to offsets within one microbatch's inputs. Temporaries share memory by linear scan.
+    ``inputs`` maps loader input names to offsets within a microbatch's inputs. Temporaries share memory by linear scan.
     """
     where: dict[int, tuple[int, int]] = {}
     for name, tensor in recording.params.items():
@@ -120,12 +122,14 @@ def layout(recording: Recording, params: Parameters, inputs: Mapping[str, int], 
             where[boundary.id], slot[pool] = (INDEX[pool], 0), size_of(boundary, real)
     pool_of = {("F", "B"): "SAVED", ("F", "W"): "KEPT", ("B", "W"): "OWED"}
     for tensor in _tensors(recording):
-        pool = pool_of.get(recording.lifetimes[tensor.id])
-        if tensor.id not in where and pool:
-            where[tensor.id] = (INDEX[pool], slot[pool])
-            slot[pool] += size_of(tensor, real)
+        kept = pool_of.get(recording.lifetimes[tensor.id])
+        if tensor.id not in where and kept:
+            where[tensor.id] = (INDEX[kept], slot[kept])
+            slot[kept] += size_of(tensor, real)
     temp = max(_temporaries(recording.passes[name], where, real) for name in PASSES)
-    work = max((evaluate(c.row.work, c.env) for name in PASSES for c in recording.passes[name] if c.row.work), default=0)
+    work = max(
+        (evaluate(c.row.work, c.env) for name in PASSES for c in recording.passes[name] if c.row.work), default=0
+    )
     return Layout(where, slot, temp, align(work), lifetimes(recording))
 
 
@@ -133,7 +137,7 @@ def lifetimes(recording: Recording) -> Lifetimes:
     """The last pass that touches each tensor at the stage's boundary."""
     spans = recording.lifetimes
 
-    def last(tensor: Tensor | None, born: str) -> str:
+    def last(tensor: Tensor | None, born: Kind) -> Kind:
         return spans[tensor.id][1] if tensor is not None and tensor.id in spans else born
 
     return Lifetimes(
@@ -213,7 +217,7 @@ def input_offsets(recordings: Sequence[Recording]) -> tuple[dict[str, tuple[int,
 
 def arrange(
     layouts: Mapping[int, Layout],
-    counts: Callable[[int, str], int],
+    counts: Mapping[tuple[int, str], int],
     params: Parameters,
     inputs: tuple[dict[str, tuple[int, Tensor]], int],
     micros: int,
@@ -223,7 +227,7 @@ def arrange(
 ) -> Memory:
     """Stacks the regions of one rank: flat buffers, scalars, inputs of a step, temporaries, slots, scratch.
 
-    ``counts(stage, pool)`` gives slots, ``scratch`` the elements that exchanges need, ``micros`` the microbatches of a step.
+    ``counts[stage, pool]`` are slots, ``scratch`` the elements that exchanges need, ``micros`` a step's microbatches.
     """
     sizes = {
         "PARAM": real * params.size,
@@ -242,7 +246,7 @@ def arrange(
         at += align(size)
     for stage, part in layouts.items():
         for pool in POOLS:
-            count = counts(stage, pool)
+            count = counts[stage, pool]
             if part.slot[pool] and count:
                 pools[stage, pool] = (at, part.slot[pool], count)
                 at += part.slot[pool] * count

@@ -46,7 +46,7 @@ class Executor:
         return self.backend.array(self.arena, self.memory.resident[region][0] + offset, shape, type)
 
     def input(self, name: str, micro: int) -> Any | None:
-        """The view that the loader fills for one microbatch, or None where no stage of this rank asks for that input."""
+        """The view that the loader fills for one microbatch, or None where no stage of this rank asks for it."""
         if name not in self.memory.inputs:
             return None
         offset, tensor = self.memory.inputs[name]
@@ -132,5 +132,5 @@ class Bound:
         return [
             Event(self.rank, Op(i.kind, i.stage, i.micro), float(t0) - origin, float(t1) - origin)
             for i, t0, t1 in zip(self.instructions, self.clock[:-1], self.clock[1:], strict=True)
-            if i.kind in PASSES
+            if i.kind == "F" or i.kind == "B" or i.kind == "W"
         ]

@@ -1,7 +1,7 @@
 """AdamW over the flat buffers: decay groups, a global gradient norm over all stages, clipping, the learning rate.
 
-The update is recorded like any stage. The norm is exact to the last bit on every layout: each tensor's sum of squares comes
-from one kernel on one rank, and the terms are added in the order of their names with math.fsum.
+The update is recorded like any stage. The norm is exact to the last bit on every layout: each tensor's sum of squares
+comes from one kernel on one rank, and the terms are added in the order of their names with math.fsum.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hpcpipe.runtime.executor import Executor
 
 
 def learning_rate(step: int, optimizer: OptimizerConfig, train: TrainConfig) -> float:
-    """The rate of step 0, 1, …: linear warm-up, then cosine to min_lr, or warm-up-stable-decay (linear over decay_steps).
+    """The rate of step 0, 1, …: linear warm-up, then cosine or warm-up-stable-decay (linear, decay_steps) to min_lr.
 
     Cosine: Loshchilov & Hutter 2017 (SGDR) without restarts. WSD: Hu et al. 2024 (MiniCPM).
     """
@@ -33,7 +33,7 @@ def learning_rate(step: int, optimizer: OptimizerConfig, train: TrainConfig) -> 
 
 
 class AdamW:
-    """The optimizer of one rank. ``names`` is the order of all owned parameters of the model, on every rank the same."""
+    """The optimizer of one rank. ``names`` is the order of all owned parameters of the model, the same on all ranks."""
 
     def __init__(self, executor: Executor, params: Parameters, config: OptimizerConfig, names: Sequence[str]) -> None:
         self.executor, self.config = executor, config

@@ -1,9 +1,9 @@
 /* hpcpipe.h: the native contract, one prototype per kernel.
  *
  * Every prototype below is held against hpcpipe/backends/kernels.py by tests/kernels. Letters: n tokens of a microbatch
- * (b sequences of t), c channels in, o channels out, f feed-forward width, v vocabulary, s learned positions, h query heads,
- * k key/value heads, d head width. All matrices are row-major and dense; weights are [out, in]. `d*` names are gradients;
- * a parameter gradient is accumulated (+=), an activation gradient is written.
+ * (b sequences of t), c channels in, o channels out, f feed-forward width, v vocabulary, s learned positions, h query
+ * heads, k key/value heads, d head width. All matrices are row-major and dense; weights are [out, in]. `d*` names are
+ * gradients; a parameter gradient is accumulated (+=), an activation gradient is written.
  *
  * Determinism: a kernel gives the same bits for any number of threads. Nothing here allocates after hp_init.
  */
@@ -16,8 +16,8 @@
 extern "C" {
 #endif
 
-/* A recorded call: a kernel and its arguments. A buffer argument lies at arena + bases[region] + value.i; region -1 marks
- * an absent optional buffer; scalars leave region at -2. */
+/* A recorded call: a kernel and its arguments. A buffer argument lies at arena + bases[region] + value.i; region -1
+ * marks an absent optional buffer; scalars leave region at -2. */
 #define HP_MAX_ARGS 16
 typedef struct { int64_t region; union { int64_t i; double r; } value; } hp_arg;
 typedef struct { int64_t kernel; hp_arg args[HP_MAX_ARGS]; } hp_call;

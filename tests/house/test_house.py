@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = (
     ("__main__",),
     ("train", "generate"),
-    ("predict", "prepare"),
+    ("job", "predict", "prepare"),
     ("planner",),
     ("model", "runtime", "checkpoint", "data", "corpus", "placement", "progress"),
     ("layers", "backends", "schedule", "comm", "config"),
@@ -30,7 +30,8 @@ FLOORS = (
 # sentence reaches the user, is everybody's and not drawn.
 ARROWS = {
     "__main__": {"train", "generate", "predict", "prepare", "planner", "checkpoint", "comm", "config"},
-    "train": {
+    "train": {"job", "comm", "config"},
+    "job": {
         "planner", "model", "runtime", "checkpoint", "data", "placement", "progress", "backends", "schedule", "comm",
         "config",
     },
@@ -65,7 +66,14 @@ LAZY = ("tokenizers", "pyarrow")
 HEAVY = ("numpy", "h5py", "mpi4py", "tokenizers", "ctypes", "multiprocessing", "asyncio")  # none for `hpcpipe --help`
 
 # Standard library only: rooms and files that a laptop, a scheduler's prologue or a test can run on nothing.
-PURE = ("hpcpipe/schedule/", "hpcpipe/planner/", "hpcpipe/layers/", "hpcpipe/checkpoint/layout.py", "hpcpipe/config.py", "hpcpipe/settings.py")
+PURE = (
+    "hpcpipe/schedule/",
+    "hpcpipe/planner/",
+    "hpcpipe/layers/",
+    "hpcpipe/checkpoint/layout.py",
+    "hpcpipe/config.py",
+    "hpcpipe/settings.py",
+)
 PURE_BUT = {"tomli"}  # the standard library's own parser, for Python 3.10
 
 FORBIDDEN_NAMES = ("utils", "util", "common", "helpers", "helper", "core", "manager", "misc", "base")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
+
 from small_run import MODELS, Result, collect, run, run_toml, write_tokens
 from tests.mpi import launch
 
@@ -154,8 +156,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(data: Path, tmp_
 def test_a_rank_that_dies_ends_the_job(which, data: Path, tmp_path: Path) -> None:
     config = write_run(data, tmp_path, train__steps=100000)
     process = launch.start(which(), 3, (*PROGRAM, config))
-    _until_step(tmp_path, 5)
-    victims = _children(process.pid)
+    _until_step(process, tmp_path, 5)
+    victims = launch.ranks(process, PROGRAM)
     os.kill(victims[-1], signal.SIGKILL)
     done = launch.finish(process, timeout=30)
     assert done.status != 0 and not (tmp_path / "out/done.json").exists()
@@ -167,8 +169,8 @@ def test_a_signal_saves_and_ends_the_run(which, number: int, data: Path, tmp_pat
     here = which()
     config = write_run(data, tmp_path, train__steps=100000, optimizer__schedule="wsd", optimizer__decay_steps=1)
     process = launch.start(here, 2, (*PROGRAM, config))
-    _until_step(tmp_path, 5)
-    for rank in _children(process.pid):
+    _until_step(process, tmp_path, 5)
+    for rank in launch.ranks(process, PROGRAM):
         os.kill(rank, number)
     done = launch.finish(process, timeout=60)
     assert done.status == 0, done.out
@@ -196,7 +198,10 @@ def test_a_full_disk_leaves_the_previous_checkpoint(data: Path, tmp_path: Path) 
     ended_well(launch.run(launch.first(), 2, (*PROGRAM, config)), tmp_path)
     before = collect(tmp_path / "out")
     size = max(f.stat().st_size for f in (tmp_path / "out/step_00000002").iterdir())
-    limited = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2},) * 2); sys.argv = sys.argv[:1] + sys.argv[1:]; runpy.run_module('hpcpipe', run_name='__main__')"
+    limited = (
+        f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2},) * 2); "
+        "sys.argv = sys.argv[:1] + sys.argv[1:]; runpy.run_module('hpcpipe', run_name='__main__')"
+    )
     done = launch.run(launch.first(), 2, ("-c", limited, "train", config, "--set", "train.steps=4"))
     ended_in(done, "NOT saved", "step_00000004")
     assert not (tmp_path / "out/step_00000004").exists()
@@ -204,8 +209,8 @@ def test_a_full_disk_leaves_the_previous_checkpoint(data: Path, tmp_path: Path) 
     ended_well(launch.run(launch.first(), 2, (*PROGRAM, config, "--set", "train.steps=4")), tmp_path)
 
 
-def _until_step(folder: Path, step: int, timeout: float = 60) -> None:
-    """Waits until a run has written that many steps down."""
+def _until_step(process: subprocess.Popen[str], folder: Path, step: int, timeout: float = 60) -> None:
+    """Waits until a run has written that many steps down; a run that does not is ended."""
     metrics, end = folder / "out/metrics.jsonl", time.monotonic() + timeout
     while time.monotonic() < end:
         if (
@@ -214,19 +219,5 @@ def _until_step(folder: Path, step: int, timeout: float = 60) -> None:
         ):
             return
         time.sleep(0.05)
+    launch.end(process)
     raise AssertionError(f"no step {step} after {timeout} s")
-
-
-def _children(session: int) -> list[int]:
-    """The ranks of a job: processes of its session that run the program, whatever their process group."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-            if int((folder / "stat").read_text().rpartition(")")[2].split()[3]) != session:
-                continue
-        except (OSError, IndexError):
-            continue
-        if words[1:4] == [b"-m", b"hpcpipe", b"train"]:
-            found.append(int(folder.name))
-    return sorted(found)

@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 
 import pytest
-from small_run import MODELS, Result, run, write_tokens
 
 from hpcpipe.config import UserError
+from small_run import MODELS, Result, run, write_tokens
 
 STEPS = 20
 
@@ -20,7 +20,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def reference(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Result]:
+def reference(
+    request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Result]:
     out = tmp_path_factory.mktemp("one")
     return request.param, run(data, out, 1, request.param, train__steps=STEPS)
 
@@ -89,7 +91,10 @@ def test_replicas_agree_with_one_up_to_rounding(
     assert many.losses == pytest.approx(one.losses, rel=2e-6)
 
 
-@pytest.mark.parametrize("settings", [{"model__dropout": 0.1}, {"train__recompute": "block"}, {"model__dropout": 0.2, "train__recompute": "block"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"model__dropout": 0.1}, {"train__recompute": "block"}, {"model__dropout": 0.2, "train__recompute": "block"}],
+)
 def test_dropout_and_recompute_on_every_layout(data: Path, tmp_path: Path, settings: dict[str, object]) -> None:
     one = run(data, tmp_path / "one", 1, "gpt2", train__steps=5, **settings)
     two = run(data, tmp_path / "two", 2, "gpt2", train__steps=5, **settings)
@@ -129,11 +134,11 @@ def test_the_model_learns(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not finite.*lower optimizer.lr"):
+    with pytest.raises(UserError, match=r"not finite.*lower optimizer\.lr"):
         run(data, tmp_path, 2, "llama", train__steps=30, optimizer__lr=1e18, optimizer__clip=0.0)
 
 
 def test_another_model_in_the_same_folder_is_refused(data: Path, tmp_path: Path) -> None:
     run(data, tmp_path, 1, "llama", train__steps=1)
-    with pytest.raises(UserError, match="another model|embed.weight"):
+    with pytest.raises(UserError, match=r"another model|embed\.weight"):
         run(data, tmp_path, 1, "llama", train__steps=2, model__vocab=80)
