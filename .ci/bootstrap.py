@@ -289,7 +289,7 @@ def wire_site(env: Environment, mpirun: str) -> None:
     )
     source = ("--force-reinstall", "--no-deps", "--no-cache-dir", "--no-binary", "mpi4py", "mpi4py>=4.0")
     say("mpi4py from source (minutes) ... ", end="")
-    env.pip(failure, *source, env={"MPICC": mpicc, "CFLAGS": "-O1 -g0"})  # its one huge file compiles twice as fast
+    env.pip(failure, *source, env={"MPICC": mpicc, "CFLAGS": "-O1 -g0"})  # one huge file
     env.two_ranks(apart)
 
 

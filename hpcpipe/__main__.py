@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     _config(train)
     train.set_defaults(run=_train)
 
-    inspect = verbs.add_parser("inspect", help="a checkpoint or a run folder: what is in it, is it whole")
+    inspect = verbs.add_parser("inspect", help="a checkpoint, a run folder or a timeline.jsonl: what is in it")
     inspect.add_argument("path")
     inspect.add_argument("--json", action="store_true", help="for programs")
     inspect.add_argument("--stats", action="store_true", help="mean, rms, largest, NaN and Inf of every tensor")
@@ -133,6 +133,11 @@ def _run(args: argparse.Namespace, link: Any) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    if args.path.endswith(".jsonl"):
+        from hpcpipe.planner.describe import timeline
+
+        print(timeline(args.path))
+        return
     from hpcpipe.checkpoint.inspect import describe
 
     print(describe(args.path, json=args.json, stats=args.stats))

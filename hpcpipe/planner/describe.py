@@ -6,11 +6,12 @@ from math import prod
 from pathlib import Path
 
 from hpcpipe import model
-from hpcpipe.config import Config
+from hpcpipe.config import Config, UserError
 from hpcpipe.data import MANIFEST, Dataset
 from hpcpipe.placement.cores import allowed
 from hpcpipe.planner.plan import Plan, plan, resolve
-from hpcpipe.schedule.timeline import draw
+from hpcpipe.schedule.op import ScheduleError
+from hpcpipe.schedule.timeline import Timeline, draw
 
 
 def describe(config: Config, ranks: int = 0, width: int = 96) -> str:
@@ -62,3 +63,18 @@ def _lines(p: Plan, threads: int, width: int) -> list[str]:
 
 def _span(slots: tuple[str, ...]) -> str:
     return slots[0] if len(slots) == 1 else f"{slots[0]} … {slots[-1]}"
+
+
+def timeline(path: str, width: int = 96) -> str:
+    """What ``hpcpipe inspect run/timeline.jsonl`` prints: a measured step, drawn like a predicted one."""
+    try:
+        found = Timeline.from_jsonl(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"inspect: {path} cannot be read ({error.strerror}); give a run's timeline.jsonl") from None
+    except (ScheduleError, UnicodeDecodeError) as error:
+        raise UserError(f"inspect: {path} is not a timeline ({error}); give a run's timeline.jsonl") from None
+    if not found.events:
+        raise UserError(f"inspect: {path} holds no events; give the timeline.jsonl of a run that did a step")
+    idle = "  ".join(f"rank {r} {found.idle(r):.4f} s" for r in range(found.ranks))
+    lines = [f"{len(found.events)} ops, {found.makespan:.4f} s, bubble {found.bubble:.1%}; idle: {idle}"]
+    return "\n".join([*lines, draw(found, width)])
