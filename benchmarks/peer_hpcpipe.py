@@ -1,7 +1,8 @@
 """hpcpipe in the contest: the rank that ``hpcpipe train`` would start alone, one process with all cores of the mask.
 
 The loop is that of ``hpcpipe.train`` without evaluation, checkpoints and metrics, which the peers do not have either;
-weights and tokens are those of the job. The variant is the number of sequences in a microbatch (default: all).
+weights and tokens are those of the job. The variant is the number of sequences in a microbatch; by default as many as
+make 1024 tokens, which keeps a microbatch's activations small and its products large enough.
 """
 
 from __future__ import annotations
@@ -38,6 +39,12 @@ def config_of(shape: Shape, folder: Path, microbatch: int) -> Config:
     )  # fmt: skip
 
 
+def microbatch_of(shape: Shape) -> int:
+    """The largest number of sequences that divides the batch and makes at most 1024 tokens, at least one."""
+    fitting = [n for n in range(1, shape.sequences + 1) if shape.sequences % n == 0 and n * shape.length <= 1024]
+    return max(fitting, default=1)
+
+
 def write_dataset(folder: Path, job: Job) -> None:
     """A folder as ``hpcpipe prepare`` makes it; what is trained on is written straight into the inputs instead."""
     splits = {}
@@ -52,7 +59,7 @@ def build(job: Job, threads: int, variant: str) -> tuple[Run, str]:
     """The training loop; threads come from the affinity mask, as in a run."""
     with TemporaryDirectory(prefix="hpcpipe-bench-") as folder:
         write_dataset(Path(folder), job)
-        microbatch = int(variant or job.shape.sequences)
+        microbatch = int(variant or microbatch_of(job.shape))
         training = Training(config_of(job.shape, Path(folder), microbatch), LocalWorld(1).links[0])
     params, real = training.mine.params, training.backend.real
     for name in params.owned:
