@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from hpcpipe.backends.null import Call, Tensor
+from hpcpipe.config import UserError
 
 
 class Backend(Protocol):
@@ -32,11 +33,14 @@ class Backend(Protocol):
 
 
 def open_backend(name: str, threads: int) -> Backend:
-    """The backend of a config's ``device.backend``."""
+    """The backend of a config's ``device.backend``; UserError where its library is missing or does not fit."""
     if name == "reference":
         from hpcpipe.backends.reference import ReferenceBackend
 
         return ReferenceBackend("float32")
     from hpcpipe.backends.cpu import CpuBackend
 
-    return CpuBackend(threads)
+    try:
+        return CpuBackend(threads)
+    except RuntimeError as error:
+        raise UserError(f"device.backend: {error}") from None

@@ -245,17 +245,21 @@ def add_fwd(y: Array, a: Array, b: Array) -> None:
 
 
 def crossentropy_fwd(loss: Array, nll: Array, logits: Array, targets: Array, scale: float) -> None:
-    """nll = -log softmax(logits)[target], loss = Σ nll in float64; logits become scale (softmax - onehot)."""
-    rows = np.arange(len(logits))
+    """nll = -log softmax(logits)[target], loss = Σ nll in float64; logits become scale (softmax - onehot).
+
+    A row whose target is negative counts for nothing: no loss, no gradient.
+    """
+    rows, ignored = np.arange(len(logits)), targets < 0
     logits -= logits.max(axis=1, keepdims=True)
     chosen = logits[rows, targets]
     np.exp(logits, out=logits)
     total = logits.sum(axis=1, keepdims=True)
-    nll[...] = np.log(total[:, 0]) - chosen
+    nll[...] = np.where(ignored, 0, np.log(total[:, 0]) - chosen)
     loss[0] = nll.sum(dtype=np.float64)
     logits /= total
     logits[rows, targets] -= 1
     logits *= logits.dtype.type(scale)
+    logits[ignored] = 0
 
 
 def accumulate(acc: Array, x: Array) -> None:
