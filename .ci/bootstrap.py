@@ -56,6 +56,7 @@ PIP = "pip>=22.3"  # older ones cannot install into another environment
 LAUNCHER = '#!/bin/sh\n# Written by .ci/bootstrap.py.\nexec {python} -IS {launch} {real} "$@"\n'
 
 HELLO = "from mpi4py import MPI; print(f'<{MPI.COMM_WORLD.size}>', MPI.Get_library_version().splitlines()[0][:40])"
+APART = "do not find each other; what they said is above."
 UNREACHABLE = "pip could not install what it names above: is PyPI, or the index that pip is configured for, reachable?"
 
 
@@ -267,13 +268,13 @@ def wire_wheel(env: Environment, _: str) -> None:
     if b"bootstrap.py" not in mpirun.read_bytes():
         mpirun.replace(real)
     write_launcher(env, real)
-    env.two_ranks("two ranks under Open MPI's wheel do not find each other; what they said is above.")
+    env.two_ranks(f"two ranks under Open MPI's wheel {APART}")
 
 
 def wire_site(env: Environment, mpirun: str) -> None:
     """The site's MPI: mpi4py's wheel if it can load it, else mpi4py built with the site's mpicc."""
     write_launcher(env, Path(mpirun))
-    apart = f"two ranks under {mpirun} do not find each other; what they said is above."
+    apart = f"two ranks under {mpirun} {APART}"
     with contextlib.suppress(SetupError):
         return env.two_ranks(apart)
     way_out = "or take that mpirun off the PATH to use an MPI from PyPI."
@@ -293,18 +294,23 @@ def wire_site(env: Environment, mpirun: str) -> None:
     env.two_ranks(apart)
 
 
+def beside(path: Path, main: Environment, title: str, packages: list[str]) -> None:
+    """An environment with packages of its own, made anew when they change or when the Python of .venv does."""
+    env, key = Environment(path), digest(packages, str(VENV), str(main.python.resolve()))
+    if env.made.get("beside", key) != key:
+        env.remove("is out of date")
+    env.step("beside", key, f"{path.name}, {title}", make_beside, env, main, packages)
+
+
 def make_beside(env: Environment, main: Environment, packages: list[str]) -> None:
-    """An environment with some packages of its own; everything else is seen through a .pth file."""
+    """Everything that is not among its packages is seen through a .pth file."""
     make_venv(env.path, "--without-pip")
     env.pip(UNREACHABLE, *packages)
     where = "import sysconfig; print(sysconfig.get_path('purelib'), end='')"
     ours, theirs = (Path(run([e.python, "-c", where], "the new environment does not run.")) for e in (env, main))
     (ours / "hpcpipe.pth").write_text(f"import site; site.addsitedir({str(theirs)!r})\n")
-
-
-def make_mpich(env: Environment, main: Environment) -> None:
-    make_beside(env, main, MPICH_PACKAGES)
-    env.two_ranks("two ranks under MPICH's wheel do not find each other; what they said is above.")
+    if (env.bin / "mpirun").exists():
+        env.two_ranks(f"two ranks under {env.bin / 'mpirun'} {APART}")
 
 
 def set_up(wanted: set[str]) -> None:
@@ -327,13 +333,10 @@ def set_up(wanted: set[str]) -> None:
     env.step("packages", packages, "packages and native library", install_packages, env, mpi, native)
     env.step("native", native, "native library", build_native, env)
     env.step("wired", packages, f"MPI ({mpi})", wire_wheel if mpi == "wheel" else wire_site, env, mpi)
-    beside = digest(script, project, str(VENV))
     if "mpich" in wanted:
-        second = Environment(MPICH)
-        second.step("mpich", beside, ".venv-mpich, the second MPI", make_mpich, second, env)
+        beside(MPICH, env, "the second MPI", MPICH_PACKAGES)
     if "peers" in wanted:
-        peers, names = Environment(PEERS), listed("peers")
-        peers.step("peers", beside, f".venv-peers with {', '.join(names)} (minutes)", make_beside, peers, env, names)
+        beside(PEERS, env, "what we are compared with (gigabytes, minutes)", listed("peers"))
 
 
 def main() -> int:

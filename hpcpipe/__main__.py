@@ -147,7 +147,11 @@ def _generate(args: argparse.Namespace) -> None:
     from hpcpipe.generate import generate
     from hpcpipe.predict import open_predictor
 
-    predictor, tokenizer = open_predictor(args.path, len(args.prompt.encode()) + args.tokens)
+    try:
+        size = len(args.prompt.encode())
+    except UnicodeEncodeError:
+        raise UserError("generate: the prompt is not UTF-8; type it in a UTF-8 terminal") from None
+    predictor, tokenizer = open_predictor(args.path, size + args.tokens)
     generate(
         predictor, args.tokenizer or tokenizer, args.prompt, tokens=args.tokens, temperature=args.temperature,
         top_k=args.top_k, seed=args.seed,

@@ -25,7 +25,7 @@ class UserError(Exception):
 class ModelConfig:
     """The model's family and shape; a size of 0 (or an absent ``tied``) is taken from the preset."""
 
-    preset: str = value("", "a named size (tiny, gpt2-124M, llama-8B, ...); the keys below change it")
+    preset: str = value("", "a named size (llama-tiny, gpt2-124M, llama-8B, ...); the keys below change it")
     family: str = value("llama", "llama or gpt2", one_of=("llama", "gpt2"))
     layers: int = value(0, "transformer blocks", least=0)
     heads: int = value(0, "query heads", least=0)
@@ -87,7 +87,9 @@ class PipelineConfig:
     cut: str | tuple[int, ...] = value(
         "auto", "auto (by cost), even, or slots per stage such as [3, 4]", one_of=("auto", "even"), result=False
     )
-    timeout: float = value(60.0, "seconds without progress before a wait is reported as a hang", above=0, result=False)
+    timeout: float = value(
+        600.0, "seconds a rank waits for another before it names it and ends the job", above=0, result=False
+    )
 
 
 @dataclass(frozen=True)

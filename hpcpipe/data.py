@@ -163,9 +163,9 @@ class Dataset:
         replicas: int,
         length: int,
         seed: int,
-        out: tuple[Ids, Ids] | None = None,
-    ) -> tuple[Ids, Ids]:
-        """(ids, targets), int32 [microbatch*length] each, written into ``out`` where given.
+        out: tuple[Ids | None, Ids | None] | None = None,
+    ) -> tuple[Ids | None, Ids | None]:
+        """(ids, targets), int32 [microbatch*length] each, written into ``out`` where given (None: not wanted).
 
         Training windows come in a new random order every epoch, validation windows in file order over and over.
         """
@@ -175,8 +175,10 @@ class Dataset:
         tokens = self.tokens[split]
         for row, window in enumerate(self.order(split, first, microbatch, length, seed)):
             begin, at = int(window) * length, row * length
-            ids[at : at + length] = tokens[begin : begin + length]
-            targets[at : at + length] = tokens[begin + 1 : begin + length + 1]
+            if ids is not None:
+                ids[at : at + length] = tokens[begin : begin + length]
+            if targets is not None:
+                targets[at : at + length] = tokens[begin + 1 : begin + length + 1]
         return ids, targets
 
     def order(self, split: str, first: int, count: int, length: int, seed: int) -> NDArray[np.int64]:

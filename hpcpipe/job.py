@@ -7,29 +7,31 @@ what crosses ranks, the update. After it: validation, checkpoints, the record of
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from hpcpipe import model
+from hpcpipe import model, resume
 from hpcpipe.backends.backend import open_backend
-from hpcpipe.checkpoint import read, write
+from hpcpipe.checkpoint import write
 from hpcpipe.checkpoint.layout import KINDS
 from hpcpipe.comm.link import Link
-from hpcpipe.config import Config, UserError, digest, grid, loads, results_digest, to_toml
+from hpcpipe.config import Config, UserError, digest, grid, to_toml
 from hpcpipe.data import TOKENIZER, Dataset
-from hpcpipe.placement import cores
+from hpcpipe.placement import cores, memory
 from hpcpipe.planner.plan import Plan, plan, resolve
-from hpcpipe.progress import Progress
+from hpcpipe.progress import DONE, Progress
 from hpcpipe.runtime.executor import Executor, Stage
 from hpcpipe.runtime.optimizer import AdamW, learning_rate
 from hpcpipe.runtime.reduce import Reducer
-from hpcpipe.schedule.timeline import Timeline, draw
+from hpcpipe.runtime.watch import Watch
+from hpcpipe.schedule.program import MAX_TAG
+from hpcpipe.schedule.timeline import Event, Timeline, draw
 
 T = TypeVar("T")
-TAGS_OF_EVALUATION = 1 << 12
+TAGS_OF_EVALUATION = MAX_TAG + 1
 
 
 class Step(NamedTuple):
@@ -58,10 +60,18 @@ class Job:
         first = link.rank - self.place
         self.pipeline = (link.group(range(first, first + ranks)) if replicas > 1 else None) or link
         self.peers = link.group(range(self.place, link.size, ranks)) if replicas > 1 else None
-        self._find()
+        self._together(self._open_folder)
+        self.resumed, self.warnings = resume.find(self.out, link)
+        self.step = self.resumed.step if self.resumed else 0
+        self.loss = float(self.resumed.attributes["loss"]) if self.resumed else float("nan")
         self._together(self._allocate)
         self._together(self._load)
-        self.progress = self._progress()
+        self._peak = self._measure_peak()
+        self.progress: Progress | None = None
+        self._together(self._start_progress)
+        self.waits_for = ""  # what a collective is for, while it is waited for
+        self.watch = Watch(config.pipeline.timeout, self._where, self._hang)
+        self.watch.start()
 
     # --- before step 0
 
@@ -99,15 +109,15 @@ class Job:
         self._together(work)
 
     def _check_alike(self) -> None:
-        """Every rank must have started with the same config and come to the same plan."""
-        seen = self._everybody((digest(self.config), self.plan.digest))
-        other = [rank for rank, pair in enumerate(seen) if pair != seen[0]]
-        if other:
-            which = "config" if any(seen[r][0] != seen[0][0] for r in other) else "plan"
-            self.link.agree(
-                f"rank {other[0]} was started with another {which} than rank 0 ({len(other)} of {self.link.size} ranks "
-                "differ); start all ranks with the same file, overrides and version"
-            )
+        """Every rank must have started with the same config, see the same data and come to the same plan."""
+        seen = self._everybody((digest(self.config), self.data.digest, self.plan.digest))
+        for i, what in enumerate(("config", "data", "plan")):
+            other = [rank for rank, digests in enumerate(seen) if digests[i] != seen[0][i]]
+            if other:
+                self.link.agree(
+                    f"rank {other[0]} was started with another {what} than rank 0 ({len(other)} of {self.link.size} "
+                    "ranks differ); start all ranks with the same file, overrides, data and version"
+                )
 
     def _allocate(self) -> None:
         p, mine, config = self.plan, self.mine, self.config
@@ -126,35 +136,26 @@ class Job:
             for m in range(mine.memory.resident["INPUT"][1] // mine.memory.stride if mine.memory.stride else 0)
         ]
 
-    def _find(self) -> None:
-        """Rank 0 proves the newest checkpoint; everybody opens that one."""
-        found: tuple[Path | None, list[str]] = (None, [])
-
-        def work() -> None:
-            nonlocal found
-            if self.link.rank == 0:
-                try:
-                    self.out.mkdir(parents=True, exist_ok=True)
-                except OSError as error:
-                    raise UserError(
-                        f"out: {self.out} cannot be made: {error.strerror}; choose another folder"
-                    ) from None
-                if self.data.tokenizer.is_file():
-                    shutil.copyfile(self.data.tokenizer, self.out / TOKENIZER)
-                checkpoint, warnings = read.newest_good(self.out)
-                found = (checkpoint.path if checkpoint else None, warnings)
-
-        self._together(work)
-        path, self.warnings = self.link.bcast(found)
-        self.resumed = read.Checkpoint.open(path) if path else None
-        self.step = self.resumed.step if self.resumed else 0
-        self.loss = float(self.resumed.attributes["loss"]) if self.resumed else float("nan")
+    def _open_folder(self) -> None:
+        """Rank 0 makes the run's folder; what an earlier run said of its end no longer holds."""
+        if self.link.rank:
+            return
+        tokenizer = self.data.tokenizer
+        if self.out.resolve() == self.data.path.resolve():
+            raise UserError(f"out and data.path are the same folder, {self.out}; give the run a folder of its own")
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / DONE).unlink(missing_ok=True)
+            if tokenizer.is_file():
+                shutil.copyfile(tokenizer, self.out / TOKENIZER)
+        except OSError as error:
+            raise UserError(f"out: {self.out} cannot be written ({error.strerror}); choose another folder") from None
 
     def _load(self) -> None:
         """Values and moments from the checkpoint, on any layout, or the initial ones, made from seed and name only."""
         specs = {name: spec for stage in self.plan.stages for name, spec in stage.layer.params.items()}
         if self.resumed:
-            _check_same_model(self.resumed, {name: specs[name].shape for name in self.plan.names})
+            resume.check_same_model(self.resumed, {name: specs[name].shape for name in self.plan.names})
         for name in self.mine.params.owned:
             owner, views = self.plan.ties.get(name, name), self._views(name)
             if self.resumed is None:
@@ -171,21 +172,42 @@ class Job:
             for region in ("PARAM", "MOMENT1", "MOMENT2")
         )
 
-    def _progress(self) -> Progress | None:
+    def _measure_peak(self) -> float:
+        """FLOP/s of matrix products of all ranks at once."""
         self.link.barrier()
         peak = np.array([self.backend.matmul_peak(0.2)])
         self.link.allreduce(peak)
-        if self.link.rank:
-            return None
-        c = self.config
-        progress = Progress(
-            self.out, c.train.steps, self.plan.flops, self.plan.tokens, float(peak[0]), c.train.log_every
-        )
-        for line in self._banner(float(peak[0])):
-            progress.say(line)
-        return progress
+        return float(peak[0])
 
-    def _banner(self, peak: float) -> Iterator[str]:
+    def _start_progress(self) -> None:
+        if self.link.rank == 0:
+            c, p = self.config, self.plan
+            self.progress = Progress(
+                self.out, c.train.steps, p.flops, p.tokens, self._peak, c.train.log_every, self.step
+            )
+            for line in self._banner():
+                self.progress.say(line)
+
+    # --- while others are waited for
+
+    def _where(self) -> tuple[Hashable, str]:
+        """Where this rank stands, and what it waits for, in the schedule's language."""
+        for bound in (self.program, self.evaluation):
+            if bound is not None and bound.at >= 0:
+                waited_for = bound.program.waiting(bound.at) if bound.instructions[bound.at].kind == "WAIT" else ""
+                return (id(bound), bound.runs, bound.at), waited_for
+        return self.waits_for, self.waits_for
+
+    def _hang(self, sentence: str) -> None:
+        self.link.abort(f"{sentence}; the job ends, start it again to continue from its newest checkpoint")
+
+    def _sum(self, array: Any, what: str) -> None:
+        """Sums over all ranks; ``what`` names it in the report of a hang."""
+        self.waits_for = what
+        self.link.allreduce(array)
+        self.waits_for = ""
+
+    def _banner(self) -> Iterator[str]:
         p, c = self.plan, self.config
         yield (
             f"{c.model.family}, {model.parameter_count(c.model):,} parameters; {len(p.stages)} stages x "
@@ -195,13 +217,13 @@ class Job:
         most = max(rank.memory.total for rank in p.ranks)
         yield (
             f"{most / 2**20:,.0f} MiB per rank at most, {p.flops / 1e9:,.1f} GFLOP per step, products peak at "
-            f"{peak / 1e9:,.0f} GFLOP/s, predicted bubble {p.timeline.bubble:.0%}"
+            f"{self._peak / 1e9:,.0f} GFLOP/s, predicted bubble {p.timeline.bubble:.0%}"
         )
         yield from self.warnings
         if self.resumed is not None:
-            changed = results_digest(loads(str(self.resumed.attributes["config"]))) != results_digest(c)
+            changed = resume.changes(self.resumed, c, self.data.digest)
             yield f"resumed from {self.resumed.path} at step {self.step}" + (
-                ", with settings that change the result" if changed else ""
+                f"; {changed} changed since: the result will be another" if changed else ""
             )
 
     # --- one step
@@ -213,14 +235,10 @@ class Job:
         batch = c.train.batch if split == "train" else c.eval.microbatches * c.train.microbatch
         for micro, (ids, targets, key) in enumerate(self.inputs[:micros]):
             if ids is not None or targets is not None:
-                x, y = self.data.batch(
+                self.data.batch(
                     split, step, micro, self.replica, batch=batch, microbatch=c.train.microbatch, replicas=replicas,
-                    length=c.train.length, seed=c.seed,
+                    length=c.train.length, seed=c.seed, out=(ids, targets),
                 )  # fmt: skip
-                if ids is not None:
-                    ids[:] = x
-                if targets is not None:
-                    targets[:] = y
             if key is not None:
                 key[:] = (c.seed, step, self.replica * micros + micro, split == "train")
 
@@ -237,14 +255,13 @@ class Job:
         clocks = self.program.clock
         totals[names + self.replica] = self.program.loss
         totals[-3:] = stop, self.program.busy, clocks[-1] - clocks[0]
-        self.link.allreduce(totals)
+        self._sum(totals, f"the sum over all ranks after step {step + 1}")
         loss = float(totals[names:-3].sum()) / self.plan.tokens
         norm, scale = self.optimizer.scale(totals[:names])
         if not np.isfinite(norm + loss):
             self.link.agree(
-                f"step {step + 1}: loss {loss} and gradient norm {norm} are not finite; the last checkpoint in "
-                f"{self.out} is good: lower optimizer.lr, lengthen optimizer.warmup or set optimizer.clip, and "
-                "start again"
+                f"step {step + 1}: loss {loss} and gradient norm {norm} are not finite; lower optimizer.lr, lengthen "
+                "optimizer.warmup or set optimizer.clip, and start again: the run goes on from its newest checkpoint"
             )
         rate = learning_rate(step, self.config.optimizer, self.config.train)
         self.optimizer.update(step, rate, scale)
@@ -257,10 +274,12 @@ class Job:
             return
         self.feed("val", 0)
         self.evaluation.run()
-        total = np.array([self.evaluation.loss])
-        self.link.allreduce(total)
+        losses = np.zeros(self.plan.replicas)  # one term each: their sum must not depend on the transport
+        losses[self.replica] = self.evaluation.loss
+        self._sum(losses, f"the validation loss after step {step}")
         if self.progress:
-            self.progress.evaluated(step, float(total[0]) / (c.eval.microbatches * c.train.microbatch * c.train.length))
+            tokens = c.eval.microbatches * c.train.microbatch * c.train.length
+            self.progress.evaluated(step, float(losses.sum()) / tokens)
 
     def due(self, step: int, every: int) -> bool:
         """Whether something that happens every so many steps happens after ``step``."""
@@ -287,7 +306,7 @@ class Job:
             try:
                 if error is None:
                     write.commit(folder, [r for r, _ in found if r is not None], self._attributes(step, loss))
-                    notes = write.prune(self.out, self.config.checkpoint.keep)
+                    notes = write.prune(self.out, self.config.checkpoint.keep, deep=False)
             except UserError as problem:
                 error = str(problem)
             if error:
@@ -316,43 +335,35 @@ class Job:
 
     def close(self, loss: float, stopped: bool) -> None:
         """The measured timeline, and the completion record of a run that ended well."""
+        self.watch.stop()
         self.link.agree(self.unsaved)
         first = float(self.program.clock[0])
         parts = self.link.gather(self.program.events(first) if first and self.replica == 0 else [])
-        if parts is None or self.progress is None:
+        events = tuple(event for part in parts or [] for event in part)
+        self._together(lambda: self._record(events, loss, stopped))
+
+    def _record(self, events: tuple[Event, ...], loss: float, stopped: bool) -> None:
+        if self.progress is None:
             return
-        events = tuple(event for part in parts for event in part)
+        timeline, steps = Timeline(events, len(self.plan.ranks)), self.config.train.steps
+        try:
+            if events:
+                (self.out / "timeline.jsonl").write_text(timeline.to_jsonl(), encoding="utf-8")
+            if not stopped:
+                self.progress.done({"steps": max(self.step, steps), "loss": loss, "plan": self.plan.digest})
+        except OSError as error:
+            raise UserError(f"out: {self.out} cannot be written ({error.strerror}); the checkpoint is saved") from None
         if events:
-            timeline = Timeline(events, len(self.plan.ranks))
-            (self.out / "timeline.jsonl").write_text(timeline.to_jsonl(), encoding="utf-8")
             for line in (f"last step, measured (bubble {timeline.bubble:.0%}):", *draw(timeline, 96).splitlines()):
                 self.progress.say(line)
         else:
-            self.progress.say(f"nothing to do: {self.out} has all its {self.config.train.steps} steps")
-        if not stopped:
-            self.progress.done({"steps": self.config.train.steps, "loss": loss, "plan": self.plan.digest})
-
-
-def _check_same_model(checkpoint: read.Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Refuses to continue a run of another model."""
-    there = {name: shape for name, (shape, _) in checkpoint.tensors.items()}
-    other = [name for name in {**shapes, **there} if shapes.get(name) != there.get(name)]
-    if other:
-        here, before = shapes.get(other[0], "absent"), there.get(other[0], "absent")
-        raise UserError(
-            f"{checkpoint.path} holds another model: {other[0]} is {before} there and {here} in this config "
-            f"({len(other)} tensors differ); use another out folder or the config of that run"
-        )
+            self.progress.say(f"nothing to do: {self.out} has {self.step} steps already, train.steps is {steps}")
 
 
 def _check_memory(need: int, link: Link) -> None:
     """Refuses an arena that this node cannot hold; ``need`` is this rank's bytes."""
-    try:
-        line = next(x for x in Path("/proc/meminfo").read_text("ascii").splitlines() if x.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return
-    have = int(line.split()[1]) * 1024 // link.node_ranks()[1]
-    if need > have:
+    free = memory.free_bytes()
+    if free is not None and need > (have := free // link.node_ranks()[1]):
         raise UserError(
             f"rank {link.rank} needs {need / 2**30:.1f} GiB, its share of this machine's free memory is "
             f'{have / 2**30:.1f} GiB; try train.microbatch = 1, train.recompute = "block" or more pipeline stages'

@@ -11,8 +11,26 @@ import math
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
+
+from hpcpipe.config import UserError
+
+METRICS, DONE = "metrics.jsonl", "done.json"
+
+
+def _continued(file: Path, resumed: int) -> IO[str]:
+    """The metrics file, open for appending after its line of step ``resumed``; a torn last line is dropped too."""
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        with suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= resumed:
+                kept.append(line + "\n")
+    part = file.with_suffix(".part")
+    part.write_text("".join(kept), encoding="utf-8")
+    part.replace(file)
+    return file.open("a", encoding="utf-8")
 
 
 class Progress:
@@ -21,10 +39,19 @@ class Progress:
     ``flops`` and ``tokens`` are per step, ``peak`` the machine's matrix-product FLOP/s.
     """
 
-    def __init__(self, out: Path, steps: int, flops: float, tokens: int, peak: float, every: int) -> None:
+    def __init__(
+        self, out: Path, steps: int, flops: float, tokens: int, peak: float, every: int, resumed: int = 0
+    ) -> None:
+        """``resumed`` is the step that the run goes on from: lines of later ones, which will be run again, are dropped.
+
+        Raises UserError where the folder cannot be written.
+        """
         self.out, self.steps, self.flops, self.tokens, self.peak, self.every = out, steps, flops, tokens, peak, every
-        self.file: IO[str] = (out / "metrics.jsonl").open("a", encoding="utf-8")  # open for the whole run
-        (out / "done.json").unlink(missing_ok=True)
+        try:
+            self.file = _continued(out / METRICS, resumed)
+        except OSError as error:
+            raise UserError(f"out: {out / METRICS} cannot be written ({error.strerror}); make room") from None
+        self.lost = False
         self.terminal = terminal()
         self.rate = 0.0  # seconds per step, averaged
         self.shown = -math.inf
@@ -60,13 +87,14 @@ class Progress:
 
     def done(self, record: dict[str, Any]) -> None:
         """Writes the completion record: the run ended well."""
-        self.file.close()
-        part = self.out / "done.json.part"
+        with suppress(OSError):  # what could not be written has been told
+            self.file.close()
+        part = self.out / f"{DONE}.part"
         with part.open("w", encoding="utf-8") as file:
             json.dump(record, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(self.out / "done.json")
+        part.replace(self.out / DONE)
 
     def _line(self, step: int, values: dict[str, float]) -> str:
         left = (self.steps - step) * self.rate
@@ -77,8 +105,14 @@ class Progress:
         )
 
     def _write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        """A line of metrics; a full disk costs the line, not the run."""
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:
+            if not self.lost:
+                self.say(f"out: {self.out / METRICS} cannot be written ({error.strerror}); the run goes on without it")
+            self.lost = True
 
     def _show(self, text: str, keep: bool) -> None:
         """A line that stays goes to stdout; the live line is overwritten in place, or a line too where it cannot be."""

@@ -20,9 +20,9 @@ from hpcpipe.job import Job
 def train(config: Config, link: Link) -> float:
     """Trains until ``train.steps`` or until a signal asks to stop; returns the last loss."""
     stop = False
+    job = Job(config, link)
+    loss = job.loss
     with signals() as asked:
-        job = Job(config, link)
-        loss = job.loss
         job.evaluate(job.step)
         for step in range(job.step, job.config.train.steps):
             began = time.perf_counter()

@@ -47,8 +47,10 @@ def run_toml(data: Path, out: Path, model: str = "llama", **settings: object) ->
     for key, value in settings.items():
         section, _, leaf = key.partition("__")
         tables.setdefault(section, {})[leaf] = value
-    lines = [f"out = {json.dumps(str(out))}", "seed = 11", "[model]", MODELS[model]]
-    lines += [f"{key} = {json.dumps(value)}" for key, value in tables.pop("model", {}).items()]
+    shape = tables.pop("model", {})
+    lines = [f"out = {json.dumps(str(out))}", "seed = 11", "[model]"]
+    lines += [line for line in MODELS[model].splitlines() if line.partition(" = ")[0] not in shape]
+    lines += [f"{key} = {json.dumps(value)}" for key, value in shape.items()]
     lines += ["[data]", f"path = {json.dumps(str(data))}"]
     for section, values in tables.items():
         lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]

@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 SPINS = 200  # polls before a rank that shares its core sleeps
 NAP = 50e-6  # seconds
+SWAP_TAG = 32767  # above all tags of channels
 PATIENCE = 5  # seconds that MPI_Abort may take
 FABRICS = ("/sys/class/infiniband", "/sys/class/cxi", "/sys/class/hfi1")
 LAUNCHERS = (  # (what marks it, where it tells the number of ranks, its name); the first that is there started us
@@ -196,7 +197,7 @@ class MpiLink:
         return MpiChannel(self._receives[-1], self._crowded)
 
     def sendrecv(self, send: Any, recv: Any, peer: int) -> None:
-        self._comm.Sendrecv(self._bytes(send), peer, recvbuf=self._bytes(recv), source=peer)
+        self._comm.Sendrecv(self._bytes(send), peer, SWAP_TAG, self._bytes(recv), peer, SWAP_TAG)
 
     def allreduce(self, array: Any) -> None:
         self._comm.Allreduce(self._mpi.IN_PLACE, [array, self._mpi.DOUBLE])

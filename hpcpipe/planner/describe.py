@@ -16,6 +16,8 @@ from hpcpipe.schedule.timeline import Timeline, draw
 
 def describe(config: Config, ranks: int = 0, width: int = 96) -> str:
     """What ``hpcpipe plan`` prints for ``ranks`` ranks (0: as many as the config names, at least one)."""
+    if ranks < 0:
+        raise UserError(f"plan: --ranks is {ranks}, expected 1 or more, or 0 for as many as the config names")
     path = config.data.path
     vocab = Dataset.open(path).vocab if path and (Path(path) / MANIFEST).exists() else 0
     pipeline = config.pipeline

@@ -65,7 +65,7 @@ class Plan:
     def digest(self) -> str:
         """Names the plan: equal digests mean the same cut, programs and memory on every rank."""
         text = [to_toml(self.config), str(self.schedule), str([s.slots for s in self.stages])]
-        text += [f"{r.memory}{r.program.instructions}" for r in self.ranks]
+        text += [f"{r.memory.pools}{r.program.instructions}" for r in self.ranks]  # `work` depends on a rank's threads
         return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
 
     @property

@@ -69,7 +69,7 @@ class Executor:
         channels = {edge.slot: self._channel(edge, tags) for edge in program.edges}
         calls = [self._prepare(i, channels, reduce) for i in program.instructions]
         losses = [self._loss(i) for i in program.instructions if i.kind == "F" and self._ends_in_loss(i.stage)]
-        return Bound(program.rank, program.instructions, tuple(calls), losses)
+        return Bound(program, tuple(calls), losses)
 
     def _channel(self, edge: Any, tags: int) -> Channel:
         _, size, _ = self.memory.pools[edge.slot.stage, edge.slot.pool]
@@ -100,22 +100,27 @@ class Executor:
 
 
 class Bound:
-    """A program ready to run, with the clock readings of its last run."""
+    """A program ready to run, with the clock readings of its last run.
 
-    def __init__(
-        self, rank: int, instructions: tuple[Instruction, ...], calls: tuple[Callable[[], None], ...], losses: list[Any]
-    ) -> None:
-        self.rank, self.instructions, self.calls, self.losses = rank, instructions, calls, losses
+    ``at`` is the instruction being executed (-1 between runs), ``runs`` counts the runs: what a watch looks at.
+    """
+
+    def __init__(self, program: Program, calls: tuple[Callable[[], None], ...], losses: list[Any]) -> None:
+        self.program, self.instructions, self.calls, self.losses = program, program.instructions, calls, losses
         self.clock = np.zeros(len(calls) + 1)
-        self.compute = np.array([i.kind in PASSES for i in instructions], bool)
+        self.compute = np.array([i.kind in PASSES for i in self.instructions], bool)
+        self.at, self.runs = -1, 0
 
     def run(self) -> None:
         """One step: every instruction in order."""
         clock = self.clock
+        self.runs += 1
         clock[0] = perf_counter()
         for i, call in enumerate(self.calls):
+            self.at = i
             call()
             clock[i + 1] = perf_counter()
+        self.at = -1
 
     @property
     def loss(self) -> float:
@@ -130,7 +135,7 @@ class Bound:
     def events(self, origin: float = 0.0) -> list[Event]:
         """The last run's compute, in seconds since ``origin``."""
         return [
-            Event(self.rank, Op(i.kind, i.stage, i.micro), float(t0) - origin, float(t1) - origin)
+            Event(self.program.rank, Op(i.kind, i.stage, i.micro), float(t0) - origin, float(t1) - origin)
             for i, t0, t1 in zip(self.instructions, self.clock[:-1], self.clock[1:], strict=True)
             if i.kind == "F" or i.kind == "B" or i.kind == "W"
         ]

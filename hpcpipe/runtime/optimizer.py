@@ -26,9 +26,9 @@ def learning_rate(step: int, optimizer: OptimizerConfig, train: TrainConfig) -> 
     if step < optimizer.warmup:
         return optimizer.lr * (step + 1) / optimizer.warmup
     if optimizer.schedule == "cosine":
-        done = (step - optimizer.warmup) / max(1, train.steps - optimizer.warmup)
+        done = (step - optimizer.warmup) / max(1, train.steps - 1 - optimizer.warmup)
         return optimizer.min_lr + (optimizer.lr - optimizer.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    left = (train.steps - step) / max(1, optimizer.decay_steps)
+    left = (train.steps - 1 - step) / max(1, optimizer.decay_steps)
     return optimizer.min_lr + (optimizer.lr - optimizer.min_lr) * min(1.0, left)
 
 

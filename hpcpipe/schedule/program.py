@@ -22,7 +22,7 @@ POOLS = ("X", "Y", "DY", "DX", "SAVED", "KEPT", "OWED")
 FIRST: dict[str, Kind] = {"X": "F", "Y": "F", "DY": "B", "DX": "B", "SAVED": "F", "KEPT": "F", "OWED": "B"}
 RECEIVED = {"F": "X", "B": "DY"}
 SENT = {"F": "Y", "B": "DX"}
-MAX_TAG = 32767  # what MPI guarantees
+MAX_TAG = 16000  # MPI guarantees 32767: room for a second program's tags and for the link's own
 
 Do = Literal["F", "B", "W", "POST", "SEND", "WAIT", "REDUCE"]
 
@@ -107,7 +107,7 @@ def lower(schedule: Schedule, lifetimes: Sequence[Lifetimes], forward_only: bool
     Raises ScheduleError for a schedule that ``validate`` refuses or that needs more tags than MPI has.
     """
     if 2 * schedule.stages > MAX_TAG:
-        raise ScheduleError(f"{schedule.stages} stages need more message tags than MPI's {MAX_TAG}; use fewer stages")
+        raise ScheduleError(f"{schedule.stages} stages need more message tags than the {MAX_TAG} there are; use fewer stages")
     schedule = schedule.only("F") if forward_only else schedule
     timeline = validate(schedule, KINDS[:1] if forward_only else KINDS)
     tenancy = _Tenancy(schedule, timeline, lifetimes, forward_only)

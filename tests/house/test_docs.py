@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_configuration_page_lists_every_key() -> None:
     page = (ROOT / "docs/config.md").read_text(encoding="utf-8")
-    assert to_toml(Config(), comments=True) in page, "docs/config.md is old: python -m tests.house.write_config_page"
+    assert to_toml(Config(), comments=True) in page, "docs/config.md is old: paste to_toml(Config(), True)"
 
 
 def test_toml_examples_load() -> None:

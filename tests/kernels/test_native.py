@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import secrets
 import subprocess
 import sys
 import threading
@@ -80,14 +81,17 @@ def level(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_values_and_bits(level: str, case: tuple[str, Env]) -> None:
     name, env = case
-    values = inputs_of(name, env, np.random.default_rng())  # fresh numbers at every run
+    seed = secrets.randbits(32)  # fresh numbers at every run; a failure tells which
+    values = inputs_of(name, env, np.random.default_rng(seed))
     found = execute(CpuBackend(1, level), name, env, values)
     for key, want in reference(name, env, values).items():
         scale = max(float(np.abs(want).max()), cancelled(name, values), 1e-30)
-        np.testing.assert_allclose(found[key] / scale, want / scale, rtol=0, atol=TOLERANCE, err_msg=f"{name}: {key}")
+        told = f"{name}: {key}, inputs of seed {seed}"
+        np.testing.assert_allclose(found[key] / scale, want / scale, rtol=0, atol=TOLERANCE, err_msg=told)
     for threads in (1, 2, 3):
         again = execute(CpuBackend(threads, level), name, env, values)
-        assert {k: v.tobytes() for k, v in again.items()} == {k: v.tobytes() for k, v in found.items()}, threads
+        same = {k: v.tobytes() for k, v in again.items()} == {k: v.tobytes() for k, v in found.items()}
+        assert same, f"other bits with {threads} threads, inputs of seed {seed}"
 
 
 @pytest.mark.parametrize("core", ["Haswell", "Nehalem"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -94,7 +95,7 @@ def test_resume_on_another_number_of_ranks(which, ones: dict[str, Result], data:
     for folder in ("step_00000014", "step_00000020"):
         (tmp_path / "out" / folder / "master.h5").unlink()
     again = ended_well(launch.run(which(), 2, (*PROGRAM, config), timeout=120), tmp_path)
-    assert again.losses[STEPS:] == ones["llama"].losses[7:]
+    assert again.losses == ones["llama"].losses
     assert again.tensors == ones["llama"].tensors
 
 
@@ -161,6 +162,34 @@ def test_a_rank_that_dies_ends_the_job(which, data: Path, tmp_path: Path) -> Non
     os.kill(victims[-1], signal.SIGKILL)
     done = launch.finish(process, timeout=30)
     assert done.status != 0 and not (tmp_path / "out/done.json").exists()
+
+
+@MPIS
+def test_a_rank_that_stands_still_is_named(which, data: Path, tmp_path: Path) -> None:
+    config = write_run(data, tmp_path, train__steps=100000, pipeline__timeout=2)
+    process = launch.start(which(), 3, (*PROGRAM, config))
+    _until_step(process, tmp_path, 5)
+    ranks = launch.ranks(process, PROGRAM)
+    os.kill(ranks[1], signal.SIGSTOP)
+    try:
+        done = launch.finish(process, timeout=40)
+    finally:
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGKILL)
+    ended_in(done, "has waited", " for ", "the job ends")
+
+
+@MPIS
+def test_evaluation_with_replicas(which, data: Path, tmp_path: Path) -> None:
+    settings = {"train__steps": 4, "eval__every": 2, "eval__microbatches": 6, "pipeline__replicas": 3}
+    config = write_run(data, tmp_path, "gpt2", **settings)
+    many = ended_well(launch.run(which(), 6, (*PROGRAM, config), timeout=120), tmp_path)
+    local = run(data, tmp_path / "local", 6, "gpt2", **settings)
+    one = run(data, tmp_path / "one", 1, "gpt2", **(settings | {"pipeline__replicas": 1}))
+    found = [[m["validation_loss"] for m in r.metrics if "validation_loss" in m] for r in (many, local, one)]
+    assert found[0] == found[1] and len(found[0]) == 3
+    assert found[0] == pytest.approx(found[2], rel=2e-6)
 
 
 @MPIS

@@ -66,7 +66,7 @@ def test_resume_from_the_middle(reference: tuple[str, Result], data: Path, tmp_p
             file.unlink()
         (tmp_path / folder).rmdir()
     again = run(data, tmp_path, 4 - ranks, model, train__steps=STEPS)
-    assert again.losses[STEPS:] == one.losses[7:]
+    assert again.losses == one.losses
     assert again.tensors == one.tensors
 
 

@@ -1,0 +1,62 @@
+"""Where a run goes on: the newest checkpoint in which every byte is right, proven by all ranks together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hpcpipe.checkpoint import read
+from hpcpipe.checkpoint.read import Checkpoint
+from hpcpipe.comm.link import Link
+from hpcpipe.config import Config, UserError, loads, results_digest
+
+
+def find(out: Path, link: Link) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to continue from, None in a new folder, and a sentence for each that had to be passed over.
+
+    Each rank reads and sums its share of the shards. A folder whose checkpoints are all damaged is an error:
+    starting over is for the user to decide.
+    """
+    warnings: list[str] = []
+    for folder in link.bcast(list(reversed(read.complete(out))) if link.rank == 0 else []):
+        wrong = [sentence for part in link.bcast(link.gather(_problems(folder, link)) or []) for sentence in part]
+        if not wrong:
+            return Checkpoint.open(folder), warnings
+        more = f" (and {len(set(wrong)) - 1} more problems)" if len(set(wrong)) > 1 else ""
+        warnings.append(f"checkpoint: {folder.name} is passed over: {wrong[0]}{more}")
+    if warnings:
+        link.agree(f"no checkpoint in {out} is good ({warnings[0]}); move its step folders away to start over")
+    return None, warnings
+
+
+def _problems(folder: Path, link: Link) -> list[str]:
+    try:
+        checkpoint = Checkpoint.open(folder)
+    except UserError as error:
+        return [str(error)]
+    return checkpoint.verify(range(link.rank, len(checkpoint.shards), link.size))
+
+
+def check_same_model(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuses to continue a run of another model; ``shapes`` are those of this config."""
+    there = {name: shape for name, (shape, _) in checkpoint.tensors.items()}
+    other = [name for name in {**shapes, **there} if shapes.get(name) != there.get(name)]
+    if other:
+        here, before = shapes.get(other[0], "absent"), there.get(other[0], "absent")
+        raise UserError(
+            f"{checkpoint.path} holds another model: {other[0]} is {before} there and {here} in this config "
+            f"({len(other)} tensors differ); use another out folder or the config of that run"
+        )
+
+
+def changes(checkpoint: Checkpoint, config: Config, data_digest: str) -> str:
+    """What is different from the run that wrote the checkpoint and changes its results; "" for nothing."""
+    found = []
+    try:
+        before = loads(str(checkpoint.attributes["config"]))
+        if results_digest(before) != results_digest(config):
+            found.append("settings")
+    except UserError:  # written by a version with other keys
+        found.append("the keys of the config")
+    if checkpoint.attributes.get("data_digest", data_digest) != data_digest:
+        found.append("the data")
+    return " and ".join(found)
