@@ -107,7 +107,9 @@ def lower(schedule: Schedule, lifetimes: Sequence[Lifetimes], forward_only: bool
     Raises ScheduleError for a schedule that ``validate`` refuses or that needs more tags than MPI has.
     """
     if 2 * schedule.stages > MAX_TAG:
-        raise ScheduleError(f"{schedule.stages} stages need more message tags than the {MAX_TAG} there are; use fewer stages")
+        raise ScheduleError(
+            f"{schedule.stages} stages need more message tags than the {MAX_TAG} there are; use fewer stages"
+        )
     schedule = schedule.only("F") if forward_only else schedule
     timeline = validate(schedule, KINDS[:1] if forward_only else KINDS)
     tenancy = _Tenancy(schedule, timeline, lifetimes, forward_only)

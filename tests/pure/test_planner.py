@@ -19,6 +19,7 @@ from hpcpipe import model
 from hpcpipe.backends.cpu import CpuBackend
 from hpcpipe.backends.null import Call, Recording, Tensor
 from hpcpipe.backends.reference import ReferenceBackend
+from hpcpipe.comm.local import LocalWorld
 from hpcpipe.config import ModelConfig, UserError, loads
 from hpcpipe.planner import describe
 from hpcpipe.planner.costs import Cost, Device, price
@@ -111,11 +112,12 @@ def test_a_call_costs_the_longer_of_its_arithmetic_and_its_traffic() -> None:
     recording = recording_of(F=(linear(100, 80, 60), add(100, 80)), B=(add(10, 8),), W=())
     flops, traffic = 2 * 100 * 80 * 60, 4 * (100 * 80 + 100 * 60 + 80 * 60 + 80)
     added, moved = 100 * 80, 4 * 3 * 100 * 80
-    balanced_device = Device(flops=1e6, bandwidth=1e6)  # the product is bound by its arithmetic, the sum by memory
+    device = Device(flops=1e6, bandwidth=1e6)  # the product is bound by its arithmetic, the sum by memory
     assert flops > traffic and moved > added
-    assert price(recording, balanced_device) == pytest.approx((flops / 1e6 + moved / 1e6, 4 * 3 * 80 / 1e6, 0.0))
-    assert price(recording, Device(1e3, 1e12)).F == pytest.approx((flops + added) / 1e3)
-    assert price(recording, Device(1e15, 1e3)).F == pytest.approx((traffic + moved) / 1e3)
+    assert price(recording, device) == pytest.approx((flops / 1e6 + moved / 1e6, 4 * 3 * 80 / 1e6, 0.0))
+    slow, starved = price(recording, Device(1e3, 1e12)), price(recording, Device(1e15, 1e3))
+    assert slow.F == pytest.approx((flops + added) / 1e3)
+    assert starved.F == pytest.approx((traffic + moved) / 1e3)
 
 
 def test_a_cost_sums_its_passes() -> None:
@@ -273,7 +275,7 @@ def test_what_is_planned_is_what_is_allocated(backend: Any) -> None:
     p = planned("llama", 2, backend.threads, backend.real, eval__every=1)
     for i, rank in enumerate(p.ranks):
         noting = Noting(backend)
-        executor = executor_of(p, i, noting)
+        executor = executor_of(p, i, noting, LocalWorld(2).links[i])
         executor.bind(rank.program, lambda stage: None)
         executor.bind(rank.evaluation, tags=1 << 12)
         assert noting.asked == [rank.memory.total]
@@ -298,9 +300,7 @@ def test_describe_tells_the_numbers(tmp_path: Path) -> None:
     )
     assert lines[2].startswith(f"{p.flops / 1e9:,.2f} GFLOP per step, {p.flops / p.tokens / 1e6:,.3f} MFLOP per token")
     stages = [line.split() for line in lines[5:7]]
-    sizes = [int(next(word for word in row if "," in word or word.isdigit() and len(word) > 2).replace(",", ""))
-             for row in stages]  # fmt: skip
-    assert sum(sizes) == model.parameter_count(p.config.model)
+    assert sum(int(row[-4].replace(",", "")) for row in stages) == model.parameter_count(p.config.model)
     for row, stage in zip(stages, p.stages, strict=True):
         assert row[-3:] == [f"{stage.recording.flops(name) / 1e9:.3f}" for name in "FBW"]
     at = next(i for i, line in enumerate(lines) if line.startswith("MiB per rank"))
