@@ -27,8 +27,8 @@ family = "llama"
 layers = 4
 heads = 4
 kv_heads = 2
-width = 192
-ffn = 512
+width = 128
+ffn = 384
 context = 256
 tied = true
 
@@ -37,18 +37,18 @@ path = "build/demo/data"
 
 [train]
 steps = {steps}
-batch = 16
-microbatch = 4
+batch = 8
+microbatch = 2
 log_every = 20
 
 [optimizer]
-lr = 3e-3
-min_lr = 3e-4
+lr = 2e-3
+min_lr = 2e-4
 warmup = {warmup}
 
 [eval]
 every = {every}
-microbatches = 16
+microbatches = 32
 
 [checkpoint]
 every = {save}
@@ -69,9 +69,7 @@ def main() -> int:
     mpirun = f"mpirun -n {options.ranks} hpcpipe train"
     steps = calibrate(mpirun, options.seconds)
     config = FOLDER / "run.toml"
-    config.write_text(
-        RUN.format(steps=steps, warmup=max(1, steps // 20), every=max(1, steps // 4), save=max(1, steps // 2))
-    )
+    config.write_text(RUN.format(steps=steps, warmup=max(1, steps // 20), every=-(-steps // 4), save=-(-steps // 2)))
     shutil.rmtree(run, ignore_errors=True)
     call(f"hpcpipe plan {config}", "--ranks", str(options.ranks))
     call(mpirun, str(config))

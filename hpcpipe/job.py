@@ -277,6 +277,8 @@ class Job:
         losses = np.zeros(self.plan.replicas)  # one term each: their sum must not depend on the transport
         losses[self.replica] = self.evaluation.loss
         self._sum(losses, f"the validation loss after step {step}")
+        if not np.isfinite(losses.sum()):
+            self.link.agree(f"step {step}: the validation loss is not finite; lower optimizer.lr and start again")
         if self.progress:
             tokens = c.eval.microbatches * c.train.microbatch * c.train.length
             self.progress.evaluated(step, float(losses.sum()) / tokens)

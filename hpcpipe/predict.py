@@ -52,7 +52,10 @@ class Predictor:
         self.logits = backend.array(self.executor.arena, memory.base(0, "Y", 0), recording.y.shape, "r")
 
     def __call__(self, ids: np.ndarray) -> np.ndarray:
-        """Logits (tokens, vocab) of up to ``length`` token numbers; a position sees itself and what stands before."""
+        """Logits (tokens, vocab) of up to ``length`` token numbers; a position sees itself and what stands before.
+
+        A view that the next call overwrites.
+        """
         executor = self.executor
         self.ids[:] = 0
         self.ids[: len(ids)] = ids

@@ -25,7 +25,7 @@ def _continued(file: Path, resumed: int) -> IO[str]:
     kept = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
         with suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["step"] <= resumed:
+            if json.loads(line)["step"] <= resumed and resumed:
                 kept.append(line + "\n")
     part = file.with_suffix(".part")
     part.write_text("".join(kept), encoding="utf-8")

@@ -23,7 +23,8 @@ def train(config: Config, link: Link) -> float:
     job = Job(config, link)
     loss = job.loss
     with signals() as asked:
-        job.evaluate(job.step)
+        if job.step == 0:
+            job.evaluate(0)
         for step in range(job.step, job.config.train.steps):
             began = time.perf_counter()
             job.feed("train", step)

@@ -36,7 +36,7 @@ def _listed(cut: Sequence[int], slots: int, stages: int) -> tuple[int, ...]:
 def balanced(costs: Sequence[float], stages: int) -> tuple[int, ...]:
     """Contiguous parts whose most expensive one is as cheap as possible; exact, by dynamic programming.
 
-    Among the optimal cuts, the one whose later stages are cheapest: a late stage holds fewer microbatches in flight.
+    Among equally good cuts, the one whose last stage starts first: a late stage holds fewer microbatches in flight.
     """
     n = len(costs)
     prefix = [0.0, *accumulate(costs)]
