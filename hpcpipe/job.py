@@ -355,6 +355,8 @@ class Job:
                 self.progress.done({"steps": max(self.step, steps), "loss": loss, "plan": self.plan.digest})
         except OSError as error:
             raise UserError(f"out: {self.out} cannot be written ({error.strerror}); the checkpoint is saved") from None
+        if stopped:
+            self.progress.say("stopped, as asked; start it again to go on from here")
         if events:
             for line in (f"last step, measured (bubble {timeline.bubble:.0%}):", *draw(timeline, 96).splitlines()):
                 self.progress.say(line)
