@@ -166,13 +166,13 @@ def test_a_rank_that_dies_ends_the_job(which, data: Path, tmp_path: Path) -> Non
 
 @MPIS
 def test_a_rank_that_stands_still_is_named(which, data: Path, tmp_path: Path) -> None:
-    config = write_run(data, tmp_path, train__steps=100000, pipeline__timeout=2)
+    config = write_run(data, tmp_path, train__steps=100000, pipeline__timeout=5)
     process = launch.start(which(), 3, (*PROGRAM, config))
     _until_step(process, tmp_path, 5)
     ranks = launch.ranks(process, PROGRAM)
     os.kill(ranks[1], signal.SIGSTOP)
     try:
-        done = launch.finish(process, timeout=40)
+        done = launch.finish(process, timeout=60)
     finally:
         for rank in ranks:
             with contextlib.suppress(ProcessLookupError):
