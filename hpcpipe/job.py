@@ -119,6 +119,8 @@ class Job:
                     "ranks differ); start all ranks with the same file, overrides, data and version"
                 )
 
+        self.levels = sorted(set(self._everybody(self.backend.level)))
+
     def _allocate(self) -> None:
         p, mine, config = self.plan, self.mine, self.config
         _check_memory(mine.memory.total, self.link)
@@ -219,6 +221,8 @@ class Job:
             f"{most / 2**20:,.0f} MiB per rank at most, {p.flops / 1e9:,.1f} GFLOP per step, products peak at "
             f"{self._peak / 1e9:,.0f} GFLOP/s, predicted bubble {p.timeline.bubble:.0%}"
         )
+        if len(self.levels) > 1:
+            yield f"ranks use different instructions ({', '.join(self.levels)}): another layout gives other bits"
         yield from self.warnings
         if self.resumed is not None:
             changed = resume.changes(self.resumed, c, self.data.digest)

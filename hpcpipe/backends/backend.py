@@ -10,9 +10,13 @@ from hpcpipe.config import UserError
 
 
 class Backend(Protocol):
-    """Executes recordings over one arena. ``real`` is the size in bytes of the element type "r"."""
+    """Executes recordings over one arena. ``real`` is the size in bytes of the element type "r".
+
+    ``level`` names the instructions that its kernels use: two backends give the same bits only on the same level.
+    """
 
     name: str
+    level: str
     real: int
     threads: int
 

@@ -321,6 +321,7 @@ class ReferenceBackend:
     """Runs recordings with the functions above on host memory. ``dtype`` is the real type: float32 or float64."""
 
     name = "reference"
+    level = "numpy"
     threads = 1
 
     def __init__(self, dtype: str = "float32") -> None:
