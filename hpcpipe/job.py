@@ -118,7 +118,6 @@ class Job:
                     f"rank {other[0]} was started with another {what} than rank 0 ({len(other)} of {self.link.size} "
                     "ranks differ); start all ranks with the same file, overrides, data and version"
                 )
-
         self.levels = sorted(set(self._everybody(self.backend.level)))
 
     def _allocate(self) -> None:
@@ -168,11 +167,9 @@ class Job:
 
     def _views(self, name: str) -> tuple[Any, Any, Any]:
         """Parameter, first and second moment of one tensor, in place."""
-        params, real = self.mine.params, self.backend.real
-        return tuple(  # type: ignore[return-value]
-            self.executor.array(region, real * params.param[name], params.shapes[name])
-            for region in ("PARAM", "MOMENT1", "MOMENT2")
-        )
+        start, shape = self.backend.real * self.mine.params.param[name], self.mine.params.shapes[name]
+        view = self.executor.array
+        return view("PARAM", start, shape), view("MOMENT1", start, shape), view("MOMENT2", start, shape)
 
     def _measure_peak(self) -> float:
         """FLOP/s of matrix products of all ranks at once."""
@@ -195,9 +192,13 @@ class Job:
     def _where(self) -> tuple[Hashable, str]:
         """Where this rank stands, and what it waits for, in the schedule's language."""
         for bound in (self.program, self.evaluation):
-            if bound is not None and bound.at >= 0:
-                waited_for = bound.program.waiting(bound.at) if bound.instructions[bound.at].kind == "WAIT" else ""
-                return (id(bound), bound.runs, bound.at), waited_for
+            at = -1 if bound is None else bound.at
+            if bound is not None and at >= 0:
+                kind, stage, *_ = bound.instructions[at]
+                waited_for = bound.program.waiting(at) if kind == "WAIT" else ""
+                if kind == "REDUCE" and self.peers is not None:
+                    waited_for = f"the gradients of stage {stage} from the other replicas"
+                return (id(bound), bound.runs, at), waited_for
         return self.waits_for, self.waits_for
 
     def _hang(self, sentence: str) -> None:
@@ -248,6 +249,7 @@ class Job:
 
     def finish(self, step: int, stop: bool) -> Step:
         """Sums what crosses ranks, clips, updates. One sum over ranks carries norm, loss, clock, the wish to stop."""
+        self.waits_for = f"the other copy of a tied gradient in step {step + 1}"
         self.reducer.tied_copies()
         for copy, *ends in self.ties:
             if self.place in ends:
