@@ -137,6 +137,9 @@ TABLE: tuple[Kernel, ...] = (
     # AdamW (Loshchilov & Hutter 2019), clears the gradient behind itself
     # hyper = [lr, beta1, beta2, eps, 1 - beta1^step, 1 - beta2^step, gradient scale, unused]
     _row("adamw_step", "", "p+[n] g+[n] m+[n] v+[n] hyper:d[8]", "n", "14*n", reals="decay"),
+    # the same in two halves: the new p, with the old one kept; then, when it is known to stay, the moments
+    _row("adamw_try", "old[n]", "p+[n] g[n] m[n] v[n] hyper:d[8]", "n", "14*n", reals="decay"),
+    _row("adamw_keep", "", "g+[n] m+[n] v+[n] hyper:d[8]", "n", "6*n"),
 )
 # fmt: on
 BY_NAME: dict[str, Kernel] = {k.name: k for k in TABLE}

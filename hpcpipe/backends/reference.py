@@ -272,6 +272,22 @@ def sumsq(s: Array, x: Array) -> None:
     s[0] = np.square(x, dtype=np.float64).sum()
 
 
+def _moments(g: Array, m: Array, v: Array, hyper: Array) -> tuple[Array, Array]:
+    """g' = scale g;  beta1 m + (1 - beta1) g';  beta2 v + (1 - beta2) g'²."""
+    real = g.dtype.type
+    (b1, r1), (b2, r2) = ((real(hyper[i]), real(1 - hyper[i])) for i in (1, 2))
+    scaled = real(hyper[6]) * g
+    return b1 * m + r1 * scaled, b2 * v + r2 * scaled * scaled
+
+
+def _stepped(p: Array, m: Array, v: Array, hyper: Array, decay: float) -> Array:
+    """p - lr (m/c1 / (sqrt(v/c2) + eps) + decay p)."""
+    real = p.dtype.type
+    lr, eps, c1, c2 = (real(hyper[i]) for i in (0, 3, 4, 5))
+    moved: Array = p - lr * (m / c1 / (np.sqrt(v / c2) + eps) + real(decay) * p)
+    return moved
+
+
 def adamw_step(p: Array, g: Array, m: Array, v: Array, hyper: Array, decay: float) -> None:
     """AdamW (Loshchilov & Hutter 2019, algorithm 2); hyper = [lr, beta1, beta2, eps, c1, c2, scale, unused].
 
@@ -279,13 +295,20 @@ def adamw_step(p: Array, g: Array, m: Array, v: Array, hyper: Array, decay: floa
     g' = scale g;  m = beta1 m + (1 - beta1) g';  v = beta2 v + (1 - beta2) g'²;
     p -= lr (m/c1 / (sqrt(v/c2) + eps) + decay p);  g = 0.
     """
-    real = p.dtype.type
-    lr, eps, c1, c2, scale = (real(hyper[i]) for i in (0, 3, 4, 5, 6))
-    (b1, r1), (b2, r2) = ((real(hyper[i]), real(1 - hyper[i])) for i in (1, 2))
-    scaled = scale * g
-    m[...] = b1 * m + r1 * scaled
-    v[...] = b2 * v + r2 * scaled * scaled
-    p -= lr * (m / c1 / (np.sqrt(v / c2) + eps) + real(decay) * p)
+    m[...], v[...] = _moments(g, m, v, hyper)
+    p[...] = _stepped(p, m, v, hyper, decay)
+    g[...] = 0
+
+
+def adamw_try(old: Array, p: Array, g: Array, m: Array, v: Array, hyper: Array, decay: float) -> None:
+    """old = p, then p as ``adamw_step`` makes it; m, v and g stay as they are."""
+    old[...] = p
+    p[...] = _stepped(p, *_moments(g, m, v, hyper), hyper, decay)
+
+
+def adamw_keep(g: Array, m: Array, v: Array, hyper: Array) -> None:
+    """The rest of ``adamw_step`` after ``adamw_try``: m and v as there, g = 0."""
+    m[...], v[...] = _moments(g, m, v, hyper)
     g[...] = 0
 
 
@@ -295,7 +318,7 @@ FUNCTIONS: dict[str, Callable[..., None]] = {
         linear_fwd, linear_dx, linear_dw, embedding_fwd, embedding_dw, position_fwd, position_dw, layernorm_fwd,
         layernorm_dx, layernorm_dw, rmsnorm_fwd, rmsnorm_dx, rmsnorm_dw, gelu_fwd, gelu_dx, swiglu_fwd, swiglu_dx,
         rope_fwd, rope_dx, attention_fwd, attention_dx, add_fwd, dropout_fwd, crossentropy_fwd, accumulate, sumsq,
-        adamw_step,
+        adamw_step, adamw_try, adamw_keep,
     )
 }  # fmt: skip
 

@@ -4,7 +4,9 @@
  *   sumsq:      s = sum of x^2 in float64                                                         4 n bytes
  *   adamw_step: g' = scale g;  m = b1 m + (1-b1) g';  v = b2 v + (1-b2) g'^2;
  *               p -= lr (m / (1-b1^step) / (sqrt(v / (1-b2^step)) + eps) + decay p);  g = 0      32 n bytes
- * accumulate adds, sumsq writes, adamw_step updates p, m, v and clears g behind itself.
+ *   adamw_try:  old = p, and p as in adamw_step; m, v and g stay                                 24 n bytes
+ *   adamw_keep: m and v as in adamw_step, g = 0: with adamw_try before it the same to the bit    24 n bytes
+ * accumulate adds, sumsq writes, the others update in place.
  * The trick: sumsq adds blocks whose number and size depend on n alone, and then the blocks in order.
  */
 #include "team.h"
@@ -34,9 +36,42 @@ void hp_sumsq(double *s, const float *x, int64_t n) {
   *s = total;
 }
 
-void hp_adamw_step(float *p, float *g, float *m, float *v, const double *hyper, int64_t n, float decay) {
-  const hp_adamw a = {(float)hyper[0], (float)hyper[1], (float)hyper[2], (float)(1.0 - hyper[1]),
+static hp_adamw settings(const double *hyper, float decay) {
+  return (hp_adamw){(float)hyper[0], (float)hyper[1], (float)hyper[2], (float)(1.0 - hyper[1]),
       (float)(1.0 - hyper[2]), (float)hyper[3], (float)(1.0 / hyper[4]), (float)(1.0 / hyper[5]), (float)hyper[6],
       decay};
-  HP_EACH_ELEMENT(n, hp_adamw_element(&a, p + e, g + e, m + e, v + e););
+}
+
+void hp_adamw_step(float *p, float *g, float *m, float *v, const double *hyper, int64_t n, float decay) {
+  const hp_adamw a = settings(hyper, decay);
+  HP_EACH_ELEMENT(n, {
+    float m1, v1;
+    hp_adamw_moments(&a, g[e], m[e], v[e], &m1, &v1);
+    p[e] = hp_adamw_value(&a, p[e], m1, v1);
+    m[e] = m1;
+    v[e] = v1;
+    g[e] = 0.0f;
+  });
+}
+
+void hp_adamw_try(float *old, float *p, const float *g, const float *m, const float *v, const double *hyper, int64_t n,
+    float decay) {
+  const hp_adamw a = settings(hyper, decay);
+  HP_EACH_ELEMENT(n, {
+    float m1, v1;
+    hp_adamw_moments(&a, g[e], m[e], v[e], &m1, &v1);
+    old[e] = p[e];
+    p[e] = hp_adamw_value(&a, p[e], m1, v1);
+  });
+}
+
+void hp_adamw_keep(float *g, float *m, float *v, const double *hyper, int64_t n) {
+  const hp_adamw a = settings(hyper, 0);
+  HP_EACH_ELEMENT(n, {
+    float m1, v1;
+    hp_adamw_moments(&a, g[e], m[e], v[e], &m1, &v1);
+    m[e] = m1;
+    v[e] = v1;
+    g[e] = 0.0f;
+  });
 }

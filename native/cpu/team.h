@@ -19,14 +19,14 @@
 
 /* A loop over elements e, shared in fixed pieces: where a piece ends, and so which elements the vector loop leaves to
  * its scalar tail, is the same for any number of threads. */
-#define HP_EACH_ELEMENT(size_, body)                                                  \
+#define HP_EACH_ELEMENT(size_, ...)                                                   \
   do {                                                                                \
     const int64_t end_ = (size_);                                                     \
     _Pragma("omp parallel for schedule(static) if (end_ > HP_GRAIN)")                 \
     for (int64_t e0_ = 0; e0_ < end_; e0_ += HP_PIECE) {                              \
       const int64_t e1_ = HP_MIN(end_, e0_ + HP_PIECE);                               \
       _Pragma("omp simd")                                                             \
-      for (int64_t e = e0_; e < e1_; e++) { body }                                    \
+      for (int64_t e = e0_; e < e1_; e++) { __VA_ARGS__ }                             \
     }                                                                                 \
   } while (0)
 

@@ -127,14 +127,22 @@ HP_FN uint32_t hp_dropout_bits(uint64_t state, int64_t element) {
 
 /* AdamW (Loshchilov & Hutter 2019, algorithm 2) on one element; the bias corrections come as reciprocals. */
 typedef struct { float lr, beta1, beta2, rest1, rest2, eps, inverse1, inverse2, scale, decay; } hp_adamw;
-HP_FN void hp_adamw_element(const hp_adamw *a, float *p, float *g, float *m, float *v) {
-  const float scaled = a->scale * *g;
-  const float m1 = a->beta1 * *m + a->rest1 * scaled;
-  const float v1 = a->beta2 * *v + a->rest2 * scaled * scaled;
-  *p = *p - a->lr * (m1 * a->inverse1 / (sqrtf(v1 * a->inverse2) + a->eps) + a->decay * *p);
-  *m = m1;
-  *v = v1;
-  *g = 0.0f;
+/* a b + c in one rounding where the machine has it in one instruction, said and not left to the compiler: two kernels
+ * that must agree to the last bit may not be contracted in two ways. */
+#if defined(FP_FAST_FMAF) || defined(__CUDACC__)
+#define HP_FMA(a, b, c) fmaf(a, b, c)
+#else
+#define HP_FMA(a, b, c) ((a) * (b) + (c))
+#endif
+
+/* The moments after a step. Whoever needs them gets them from here, so that two passes agree to the last bit. */
+HP_FN void hp_adamw_moments(const hp_adamw *a, float g, float m, float v, float *m1, float *v1) {
+  const float scaled = a->scale * g;
+  *m1 = HP_FMA(a->beta1, m, a->rest1 * scaled);
+  *v1 = HP_FMA(a->beta2, v, a->rest2 * scaled * scaled);
+}
+HP_FN float hp_adamw_value(const hp_adamw *a, float p, float m1, float v1) {
+  return HP_FMA(-a->lr, HP_FMA(a->decay, p, m1 * a->inverse1 / (sqrtf(v1 * a->inverse2) + a->eps)), p);
 }
 
 #endif

@@ -68,6 +68,9 @@ void hp_crossentropy_fwd(double *loss, float *nll, float *logits, const int32_t 
 void hp_accumulate(float *acc, const float *x, int64_t n);
 void hp_sumsq(double *s, const float *x, int64_t n);
 void hp_adamw_step(float *p, float *g, float *m, float *v, const double *hyper, int64_t n, float decay);
+void hp_adamw_try(float *old, float *p, const float *g, const float *m, const float *v, const double *hyper, int64_t n,
+    float decay);
+void hp_adamw_keep(float *g, float *m, float *v, const double *hyper, int64_t n);
 
 #ifdef __cplusplus
 }

@@ -86,7 +86,7 @@ def inputs_of(name: str, env: Env, rng: np.random.Generator) -> dict[str, Array 
             values[a.name] = np.array(HYPER[env["hyper"]], dtype=np.float64)
         else:
             values[a.name] = (3 if a.name == "logits" else 1) * rng.standard_normal(shape).astype(np.float32)
-    if name == "adamw_step":
+    if name.startswith("adamw"):
         values["v"] = np.square(values["v"])
     saved = [a.name for a in BY_NAME[name].ins if a.name in ("mean", "rstd", "lse", "y")]
     if saved:
