@@ -1,178 +1,251 @@
-"""The dry run of all ranks' programs together: what is proven before anything is launched.
+"""What is proven of all ranks' programs together before anything is launched.
 
 Messages have rendezvous semantics: a send is over only when its receive has been posted, and a WAIT blocks until its
-message is over. The run follows what every slot holds, so it finds a deadlock, a message that is received as another
-or not at all, and a slot that is written while its tensor is still needed or still on its way.
+message is over. Three proofs, each over the tables as a whole: every slot holds what is read, and is at rest when it is
+written; every channel carries the same tensors in the same order on both sides; and the waits have an order, so that
+nobody waits for ever. The first offence is told in words.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any
 
-from hpcpipe.schedule.op import ScheduleError
-from hpcpipe.schedule.program import POOLS, Edge, Instruction, Program, Slot
+import numpy as np
+import numpy.typing as npt
 
+from hpcpipe.schedule.op import KINDS, ScheduleError
+from hpcpipe.schedule.program import COLUMNS, DO, POOLS, Edge, Program, Slot, words
+
+Array = npt.NDArray[Any]
+
+SEND, POST, WAIT = (DO.index(do) for do in ("SEND", "POST", "WAIT"))
 WRITES = {"F": ("Y", "SAVED", "KEPT"), "B": ("DX", "OWED"), "W": ()}
-
-
-class Tensor(NamedTuple):
-    """What a slot holds: what ``stage`` made for ``micro``. An X is named as the Y it came from, a DY as the DX."""
-
-    pool: str
-    stage: int
-    micro: int
-
-    def __str__(self) -> str:
-        return f"{self.pool} of stage {self.stage}, microbatch {self.micro}"
-
-
-class Channel:
-    """One direction of one tag between two ranks: what was sent and what was posted, matched first to first."""
-
-    def __init__(self) -> None:
-        self.sent: list[Tensor] = []
-        self.posted: list[Tensor] = []
-
-    def over(self, number: int) -> bool:
-        """Whether message ``number`` has been both sent and posted."""
-        return number < min(len(self.sent), len(self.posted))
+WRITTEN = np.array([[pool in WRITES[kind] for pool in POOLS] for kind in KINDS])
+NOTHING = -1
+# A stage's X is the Y of the one before, its DY the DX of the one after.
+STEP = np.array([{"X": -1, "DY": 1}.get(pool, 0) for pool in POOLS])
+MADE_AS = np.array([POOLS.index({"X": "Y", "DY": "DX"}.get(pool, pool)) for pool in POOLS])
 
 
 def check(programs: Sequence[Program]) -> None:
     """Raises ScheduleError, in words, unless the programs come to their end together and slots hold what is read."""
-    channels: dict[tuple[int, int, int], Channel] = defaultdict(Channel)
-    ranks = [_Rank(program, channels) for program in programs]
-    # A rank runs until it blocks; when no rank has moved, none will.
-    while sum(rank.advance() for rank in ranks):
-        pass
-    stuck = [rank for rank in ranks if rank.at < len(rank.program.instructions)]
-    if stuck:
-        lines = [f"  {rank.report(ranks)}" for rank in stuck]
-        raise ScheduleError("\n".join(["deadlock: no rank can go on", *lines]))
-    for (source, target, tag), channel in channels.items():
-        if len(channel.sent) != len(channel.posted):
-            sent, posted = len(channel.sent), len(channel.posted)
-            raise ScheduleError(
-                f"rank {source} sends {sent} messages to rank {target} (tag {tag}), which posts {posted}"
-            )
-    last = max(stage for program in programs for stage, _ in program.counts)
-    for rank in ranks:
-        rank.finish(last)
+    proof = _Proof(programs)
+    proof.slots()
+    proof.channels()
+    proof.order()
+    proof.end()
 
 
-class _Rank:
-    """One rank of the dry run: where it stands, what its slots hold, which of its messages are on their way."""
+class _Proof:
+    """All programs as one table, rank by rank; slots are counted through over all ranks."""
 
-    def __init__(self, program: Program, channels: dict[tuple[int, int, int], Channel]) -> None:
-        self.program, self.channels, self.at = program, channels, 0
-        self.holds: dict[Slot, Tensor] = {}
-        self.moving: dict[Slot, tuple[Channel, int]] = {}
+    def __init__(self, programs: Sequence[Program]) -> None:
+        self.programs = programs
+        self.stages = 1 + max((stage for p in programs for stage, _ in p.counts), default=0)
+        lengths = [len(p.table) for p in programs]
+        self.table = np.concatenate([*(p.table for p in programs), np.zeros((0, COLUMNS), np.int32)])
+        self.rank = np.repeat(np.arange(len(programs)), lengths)
+        self.first = np.cumsum([0, *lengths])
+        sizes = [sum(p.counts.values()) for p in programs]
+        shift = np.cumsum([0, *sizes]).astype(np.int32)[self.rank][:, None]
+        self.slot = np.where(
+            self.table[:, 3:] >= 0, self.table[:, 3:] + shift, np.int32(NOTHING)
+        )  # a column per pool, then one
+        # Columns over slots: pool, stage, and of its channel the direction (0: none, 1: send, 2: recv), peer and tag.
+        keys = [
+            (POOLS.index(pool), stage, *_channel(p.channel.get((stage, pool))))
+            for p in programs
+            for stage, pool in p.counts
+        ]
+        counts = [count for p in programs for count in p.counts.values()]
+        columns = np.repeat(np.array(keys, np.int32).reshape(-1, 5), counts, axis=0)
+        self.pool, self.owner, self.direction, self.peer, self.tag = columns.T
+        self.number = np.arange(len(columns)) - np.repeat(np.cumsum([0, *counts])[:-1], counts)
 
-    def advance(self) -> bool:
-        """Runs until an instruction blocks or none is left; whether it got anywhere."""
-        start, instructions = self.at, self.program.instructions
-        while self.at < len(instructions) and self._do(instructions[self.at]):
-            self.at += 1
-        return self.at > start
+    # --- tensors: what a stage means by its pool, as a number; an X is the Y it came from, a DY the DX
 
-    def report(self, ranks: Sequence[_Rank]) -> str:
-        """``rank 3 waits for F4.7 from rank 2 (rank 2 is at B3.5)``."""
-        slot = self.program.instructions[self.at].slot
-        peer = ranks[self.program.channel[slot].peer] if slot is not None else self
-        where = peer.program.standing(peer.at)
-        return (
-            f"rank {self.program.rank} waits for {self.program.waiting(self.at)}"
-            f" (rank {peer.program.rank} is at {where})"
+    def tensor(self, pool: Array, stage: Array, micro: Array) -> Array:
+        owner = stage + STEP[pool]
+        kind = MADE_AS[pool]
+        return np.asarray((micro * (self.stages + 2) + owner + 1) * len(POOLS) + kind)
+
+    def place(self, slot: int) -> str:
+        """A slot in words."""
+        return words(Slot(int(self.owner[slot]), POOLS[self.pool[slot]], int(self.number[slot])))
+
+    def named(self, tensor: int) -> str:
+        """A tensor in words."""
+        rest, pool = divmod(int(tensor), len(POOLS))
+        micro, owner = divmod(rest, self.stages + 2)
+        return f"{POOLS[pool]} of stage {owner - 1}, microbatch {micro}"
+
+    # --- slots
+
+    @cached_property
+    def messages(self) -> Array:
+        """Rows that are POST, SEND or WAIT."""
+        rows = np.flatnonzero((self.table[:, 0] >= POST) & (self.table[:, 0] <= WAIT))
+        for row in rows[(self.slot[rows, -1] < 0) | (self.direction[self.slot[rows, -1]] == 0)][:1]:
+            raise self.error(row, f"has a {DO[self.table[row, 0]]} without an edge")
+        return rows
+
+    def slots(self) -> None:
+        """Reads find what was written last; what is on its way is left alone; waits are for something."""
+        row, column = np.nonzero(self.slot[:, :-1] >= 0)
+        compute = self.table[row, 0] < len(KINDS)
+        row, column = row[compute], column[compute]
+        rows, what = np.concatenate([row, self.messages]), np.concatenate([column, self.messages * 0 + len(POOLS)])
+        at = self.slot[rows, what]
+        order = np.argsort(at.astype(np.int64) * len(self.table) + rows, kind="stable")
+        rows, what, at = rows[order], what[order], at[order]
+        do, mine = self.table[rows, 0], what < len(POOLS)
+        writes = mine & WRITTEN[np.minimum(do, len(KINDS) - 1), np.minimum(what, len(POOLS) - 1)]
+        tensor = self.tensor(np.where(mine, what, self.pool[at]), self.table[rows, 1], self.table[rows, 2])
+        fresh = np.append(True, at[1:] != at[:-1])
+        group = np.maximum.accumulate(np.where(fresh, np.arange(len(at)), 0))
+
+        # Whether a message of the slot is under way before each event, and which instruction started it.
+        starts, ends = (do == SEND) | (do == POST), do == WAIT
+        last = _before(starts | ends, group)
+        busy = (last >= 0) & starts[last]
+        # What the slot holds before each event; a receive brings what its WAIT names, which ``channels`` proves.
+        changes = writes | (do == POST) | (ends & (self.direction[at] == 2))
+        filled = _before(changes, group)
+        holds = np.where((filled >= 0) & (do[filled] != POST), tensor[filled], NOTHING)
+
+        recv = self.direction[at] == 2
+        wrong = np.where(
+            mine,
+            np.where(busy & (writes | recv), 1, np.where(~writes & (holds != tensor), 2, 0)),
+            np.where(
+                do == WAIT,
+                np.where(busy, 0, 3),
+                np.where(busy | ((do == SEND) == recv), 4, np.where((do == SEND) & (holds != tensor), 5, 0)),
+            ),
         )
+        if wrong.any():
+            i = min(np.flatnonzero(wrong), key=lambda i: (rows[i] - self.first[self.rank[rows[i]]], self.rank[rows[i]]))
+            raise self.error(rows[i], self._offence(int(wrong[i]), rows[i], int(at[i]), int(tensor[i]), int(holds[i])))
+        self._wrong_wait(rows, ends, tensor, last)
+        self.started = np.full(len(self.table), NOTHING, np.int64)  # of a WAIT: the row that started its message
+        self.started[rows[ends]] = rows[last[ends]]
+        self.events = rows, at, do, tensor, writes
 
-    def finish(self, last: int) -> None:
-        """When the step ends, nothing may be on its way, and the last stage must still hold every loss."""
-        if self.moving:
-            raise self._error(f"ends the step with a message under way in {_words(next(iter(self.moving)))}")
-        for kind, stage, micro, slots, _ in self.program.instructions:
-            slot = slots[POOLS.index("Y")] if kind == "F" and stage == last else None
-            if slot is not None and self.holds[slot] != (loss := _tensor("Y", last, micro)):
-                raise self._error(f"ends the step without {loss}: {_words(slot)} holds {self.holds[slot]}")
+    def _wrong_wait(self, rows: Array, ends: Array, tensor: Array, last: Array) -> None:
+        """A WAIT names the message that its slot's SEND or POST started."""
+        for i in np.flatnonzero(ends & (tensor != tensor[last]))[:1]:
+            raise self.error(rows[i], f"waits for {self.named(tensor[i])}, but started {self.named(tensor[last[i]])}")
 
-    def _do(self, instruction: Instruction) -> bool:
-        """Runs one instruction; False if it blocks."""
-        kind, slot = instruction.kind, instruction.slot
-        if kind == "REDUCE":
-            return True
-        if kind in WRITES:
-            self._compute(instruction)
-            return True
-        if slot is None or slot not in self.program.channel:
-            raise self._error(f"has a {kind} without an edge")
-        if kind == "WAIT":
-            return self._wait(slot)
-        self._start(instruction, slot, self.program.channel[slot])
-        return True
+    def _offence(self, wrong: int, row: int, at: int, tensor: int, holds: int) -> str:
+        do, stage, micro = (int(x) for x in self.table[row, :3])
+        op, slot, held = f"{DO[do]}{stage}.{micro}", self.place(at), "nothing"
+        if holds != NOTHING:
+            held = self.named(holds)
+        return {
+            1: f"touches {slot} in {op} while its message is under way",
+            2: f"needs {self.named(tensor)} for {op}, but {slot} holds {held}",
+            3: f"waits for {slot}, which has no message under way",
+            4: f"cannot {DO[do]} {self.named(tensor)} in {slot}: it is busy or of the other direction",
+            5: f"sends {self.named(tensor)}, but {slot} holds {held}",
+        }[wrong]
 
-    def _compute(self, instruction: Instruction) -> None:
-        """Every slot that is read holds this microbatch's tensor; every slot that is written is at rest."""
-        kind, stage, micro = instruction.kind, instruction.stage, instruction.micro
-        for pool, slot in zip(POOLS, instruction.slots, strict=True):
-            if slot is None:
-                continue
-            self._known(slot)
-            if slot in self.moving and (pool in WRITES[kind] or self.program.channel[slot].direction == "recv"):
-                raise self._error(f"touches {_words(slot)} in {kind}{stage}.{micro} while its message is under way")
-            tensor = _tensor(pool, stage, micro)
-            if pool in WRITES[kind]:
-                self.holds[slot] = tensor
-            elif self.holds.get(slot) != tensor:
-                held = self.holds.get(slot, "nothing")
-                raise self._error(f"needs {tensor} for {kind}{stage}.{micro}, but {_words(slot)} holds {held}")
+    def end(self) -> None:
+        """When the step ends, nothing may be on its way, and the last stages must still hold every loss."""
+        rows, at, do, tensor, writes = self.events
+        last = np.zeros(len(self.pool), np.int64)
+        state = np.full(len(self.pool), NOTHING, np.int64)
+        message = do >= len(KINDS)
+        state[at[message]] = np.flatnonzero(message)  # ascending: the last one stays
+        for slot in np.flatnonzero((state >= 0) & (do[state] != WAIT))[:1]:
+            row = rows[state[slot]]
+            raise self.error(row, f"ends the step with a message under way in {self.place(slot)}")
+        last[at[writes]] = tensor[writes]
+        is_loss = np.isin(self.table[:, 1], [s for s in range(self.stages) if not self._sends_on(s)])
+        forward = np.flatnonzero((self.table[:, 0] == 0) & is_loss & (self.slot[:, POOLS.index("Y")] >= 0))
+        y = np.full(len(forward), POOLS.index("Y"))
+        made = self.tensor(y, self.table[forward, 1], self.table[forward, 2])
+        slot = self.slot[forward, POOLS.index("Y")]
+        for i in np.flatnonzero(last[slot] != made)[:1]:
+            held = self.named(last[slot[i]])
+            where = self.place(slot[i])
+            raise self.error(forward[i], f"ends the step without {self.named(made[i])}: {where} holds {held}")
 
-    def _start(self, instruction: Instruction, slot: Slot, edge: Edge) -> None:
-        """SEND or POST: joins the queue of its channel, which must carry the same tensor on both sides."""
-        here, sends = self.program.rank, instruction.kind == "SEND"
-        tensor = _tensor(slot.pool, instruction.stage, instruction.micro)
-        self._known(slot)
-        if slot in self.moving or sends != (edge.direction == "send"):
-            raise self._error(
-                f"cannot {instruction.kind} {tensor} in {_words(slot)}: it is busy or of the other direction"
+    def _sends_on(self, stage: int) -> bool:
+        """Whether a stage hands its output to another: it is sent, or lies in the next stage's X."""
+        return bool(((self.owner == stage + 1) & (self.pool == POOLS.index("X"))).any())
+
+    # --- messages
+
+    def channels(self) -> None:
+        """The k-th SEND of a channel and the k-th POST are of one tensor; there are as many of one as of the other."""
+        rows = self.messages[self.table[self.messages, 0] != WAIT]
+        slot = self.slot[rows, -1]
+        peer, tag = self.peer[slot], self.tag[slot]
+        sends, here = self.table[rows, 0] == SEND, self.rank[rows]
+        source, target = np.where(sends, here, peer), np.where(sends, peer, here)
+        channel = (source * len(self.programs) + target) * (tag.max(initial=0) + 1) + tag
+        order = np.lexsort((rows, channel))
+        s, p = order[sends[order]], order[~sends[order]]
+        tensor = self.tensor(self.pool[slot], self.table[rows, 1], self.table[rows, 2])
+        names, sent = np.unique(channel[s], return_counts=True)
+        others, posted = np.unique(channel[p], return_counts=True)
+        if len(s) != len(p) or not np.array_equal(names, others) or (sent != posted).any():
+            one = next(c for c in np.union1d(names, others) if (channel[s] == c).sum() != (channel[p] == c).sum())
+            i = int(np.flatnonzero(channel == one)[0])
+            raise ScheduleError(
+                f"rank {source[i]} sends {(channel[s] == one).sum()} messages to rank {target[i]} (tag {tag[i]}), "
+                f"which posts {(channel[p] == one).sum()}"
             )
-        if sends and self.holds.get(slot) != tensor:
-            raise self._error(f"sends {tensor}, but {_words(slot)} holds {self.holds.get(slot, 'nothing')}")
-        channel = self.channels[(here, edge.peer, edge.tag) if sends else (edge.peer, here, edge.tag)]
-        mine, theirs = (channel.sent, channel.posted) if sends else (channel.posted, channel.sent)
-        if len(mine) < len(theirs) and theirs[len(mine)] != tensor:
-            raise self._error(f"{instruction.kind}s {tensor}, but rank {edge.peer} means {theirs[len(mine)]}")
-        self.moving[slot] = (channel, len(mine))
-        mine.append(tensor)
-        if not sends:
-            self.holds.pop(slot, None)
+        for i in np.flatnonzero(tensor[s] != tensor[p])[:1]:
+            what = f"SENDs {self.named(tensor[s[i]])}, but rank {target[s[i]]} means {self.named(tensor[p[i]])}"
+            raise self.error(rows[s[i]], what)
+        self.partner = np.full(len(self.table), NOTHING, np.int64)  # of a SEND its POST, of a POST its SEND
+        self.partner[rows[s]], self.partner[rows[p]] = rows[p], rows[s]
 
-    def _wait(self, slot: Slot) -> bool:
-        """False while the slot's message is not over."""
-        if slot not in self.moving:
-            raise self._error(f"waits for {_words(slot)}, which has no message under way")
-        channel, number = self.moving[slot]
-        if not channel.over(number):
-            return False
-        del self.moving[slot]
-        if self.program.channel[slot].direction == "recv":
-            self.holds[slot] = channel.sent[number]
-        return True
+    # --- order
 
-    def _known(self, slot: Slot) -> None:
-        if not 0 <= slot.number < self.program.counts.get((slot.stage, slot.pool), 0):
-            raise self._error(f"uses {_words(slot)}, which it does not have")
+    def order(self) -> None:
+        """A rank runs until a WAIT whose other half has not been started; when no rank moves, none ever will."""
+        waits = [np.flatnonzero(p.table[:, 0] == WAIT) for p in self.programs]
+        width = max(map(len, waits)) + 1
+        at = np.zeros((len(self.programs), width), np.int64)  # where each rank's next WAIT stands; its end behind them
+        other = np.zeros((len(self.programs), width), np.int64)  # the row of the other half
+        for rank, found in enumerate(waits):
+            at[rank, : len(found)], at[rank, len(found) :] = found, len(self.programs[rank].table)
+            other[rank, : len(found)] = self.partner[self.started[self.first[rank] + found]]
+        who, offset = self.rank[other], other - self.first[self.rank[other]]
+        every, here = np.arange(len(self.programs)), np.zeros(len(self.programs), np.int64)
+        more = np.array([len(found) for found in waits])
+        while True:
+            now = at[every, here]
+            go = (here < more) & (now[who[every, here]] > offset[every, here])
+            if not go.any():
+                break
+            here += go
+        if (here < more).any():
+            lines = [f"  {self._report(rank, at[every, here])}" for rank in np.flatnonzero(here < more).tolist()]
+            raise ScheduleError("\n".join(["deadlock: no rank can go on", *lines]))
 
-    def _error(self, what: str) -> ScheduleError:
-        return ScheduleError(f"rank {self.program.rank} {what}, at instruction {self.at}")
+    def _report(self, rank: int, now: Array) -> str:
+        """``rank 3 waits for F4.7 from rank 2 (rank 2 is at B3.5)``."""
+        at = int(now[rank])
+        _, peer, _ = self.programs[rank].awaited(at)
+        where = self.programs[peer].standing(int(now[peer]))
+        return f"rank {rank} waits for {self.programs[rank].waiting(at)} (rank {peer} is at {where})"
+
+    def error(self, row: int, what: str) -> ScheduleError:
+        rank = int(self.rank[row])
+        return ScheduleError(f"rank {rank} {what}, at instruction {int(row) - self.first[rank]}")
 
 
-def _tensor(pool: str, stage: int, micro: int) -> Tensor:
-    """The tensor that a stage means by its pool."""
-    if pool == "X":
-        return Tensor("Y", stage - 1, micro)
-    return Tensor("DX", stage + 1, micro) if pool == "DY" else Tensor(pool, stage, micro)
+def _channel(edge: Edge | None) -> tuple[int, int, int]:
+    return (0, NOTHING, NOTHING) if edge is None else (1 if edge.direction == "send" else 2, edge.peer, edge.tag)
 
 
-def _words(slot: Slot) -> str:
-    return f"slot {slot.number} of {slot.pool} of stage {slot.stage}"
+def _before(marked: Array, group: Array) -> Array:
+    """Of each event: the last marked one before it in its group (a run that starts at ``group``), -1 for none."""
+    last = np.maximum.accumulate(np.where(marked, np.arange(len(marked)), -1))
+    earlier = np.append(-1, last[:-1])
+    return np.where(earlier >= group, earlier, -1)

@@ -16,7 +16,7 @@ Kind = Literal["F", "B", "W"]
 KINDS: tuple[Kind, ...] = ("F", "B", "W")
 
 _OP = re.compile(r"([FBW])(\d+)\.(\d+)")
-_HEAD = re.compile(r"schedule (\S+), (\d+) microbatches, stages on ranks ([\d ]+)")
+_HEAD = re.compile(r"schedule (\S+), (\d+) microbatches, stages on ranks ([\d ]+?)(?:, (\d+) chains)?")
 
 
 class ScheduleError(Exception):
@@ -43,32 +43,42 @@ class Op(NamedTuple):
         return cls(kind, int(match[2]), int(match[3]))
 
 
-def needs(op: Op, stages: int) -> tuple[Op, ...]:
-    """What must be finished before ``op`` can start, in a pipeline of ``stages`` stages.
+def needs(op: Op, depth: int) -> tuple[Op, ...]:
+    """What must be finished before ``op`` can start, in chains of ``depth`` stages.
 
     F(s,m) needs F(s-1,m);   B(s,m) needs F(s,m) and B(s+1,m);   W(s,m) needs B(s,m)
     """
     kind, stage, micro = op
     if kind == "F":
-        return (Op("F", stage - 1, micro),) if stage > 0 else ()
+        return (Op("F", stage - 1, micro),) if stage % depth else ()
     if kind == "W":
         return (Op("B", stage, micro),)
     own = Op("F", stage, micro)
-    return (own, Op("B", stage + 1, micro)) if stage + 1 < stages else (own,)
+    return (own, Op("B", stage + 1, micro)) if (stage + 1) % depth else (own,)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What every rank does, in which order. ``placement[stage]`` is the rank that owns the stage."""
+    """What every rank does, in which order. ``placement[stage]`` is the rank that owns the stage.
+
+    With ``chains`` > 1 the ranks hold that many copies of the model, like replicas that share ranks: stages
+    c depth, ..., c depth + depth - 1 are copy c, and each copy sees ``micros`` microbatches of its own.
+    """
 
     name: str
     rows: tuple[tuple[Op, ...], ...]
     placement: tuple[int, ...]
     micros: int
+    chains: int = 1
 
     @property
     def stages(self) -> int:
         return len(self.placement)
+
+    @property
+    def depth(self) -> int:
+        """Stages of one copy of the model."""
+        return len(self.placement) // self.chains
 
     @property
     def ranks(self) -> int:
@@ -78,6 +88,7 @@ class Schedule:
         """The text form: a heading, then one row per rank. ``parse`` reads it back."""
         where = " ".join(str(rank) for rank in self.placement)
         head = f"schedule {self.name}, {self.micros} microbatches, stages on ranks {where}"
+        head += f", {self.chains} chains" if self.chains > 1 else ""
         return "\n".join([head, *(" ".join(str(op) for op in row) for row in self.rows)]) + "\n"
 
     @classmethod
@@ -89,12 +100,12 @@ class Schedule:
             raise ScheduleError(f"the first line of a schedule reads {head!r}; expected what Schedule writes")
         placement = tuple(int(rank) for rank in match[3].split())
         ops = tuple(tuple(Op.parse(word) for word in row.split()) for row in rows)
-        return cls(match[1], ops, placement, int(match[2]))
+        return cls(match[1], ops, placement, int(match[2]), int(match[4] or 1))
 
     def only(self, kind: Kind) -> Schedule:
         """The same schedule with the ops of one kind; ``only("F")`` is what an evaluation runs."""
         rows = tuple(tuple(op for op in row if op.kind == kind) for row in self.rows)
-        return Schedule(self.name, rows, self.placement, self.micros)
+        return Schedule(self.name, rows, self.placement, self.micros, self.chains)
 
 
 def boundaries(placement: Sequence[int]) -> tuple[int, ...]:

@@ -1,63 +1,47 @@
 """Interval colouring: which slot of a pool holds which tensor when, on a rank's row of ops.
 
-Time is the index of an op in the row, and a span occupies its slot during all its ops, both ends included.
+Time is the index of an op in the row, and a span [start, end] occupies its slot during all its ops, both ends included.
+Spans are two columns, in the order of their starts.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
 from heapq import heappop, heappush
-from itertools import accumulate
-from typing import NamedTuple
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
 
 
-class Span(NamedTuple):
-    """First and last op (row indices) that touch a tensor."""
-
-    start: int
-    end: int
-
-
-class Place(NamedTuple):
-    """The slot given to a span, and the op after which that slot was free (-1: free from the start)."""
-
-    number: int
-    since: int
-
-
-def overlap(spans: Sequence[Span]) -> int:
+def overlap(start: Array, end: Array) -> int:
     """The largest number of spans that share an op: as many slots are needed, and as many are enough."""
-    ends: list[int] = []
-    most = 0
-    for start, end in sorted(spans):
-        while ends and ends[0] < start:
-            heappop(ends)
-        heappush(ends, end)
-        most = max(most, len(ends))
-    return most
+    over = np.searchsorted(np.sort(end), np.sort(start), side="left")
+    return int((np.arange(1, len(start) + 1) - over).max(initial=0))
 
 
-def colour(spans: Sequence[Span], count: int, oldest: bool) -> list[Place]:
-    """Gives each span one of ``count`` slots; starts must not decrease and ``count`` must be at least the overlap.
+def colour(start: Array, end: Array, count: int) -> tuple[Array, Array]:
+    """(slot, before) of each span: its number, and the span that had the slot last, -1 for none.
 
-    ``oldest`` takes the slot that has been free longest, which gives a message the most time to come or go; otherwise
-    the one used last is taken, which is still in the cache.
+    Starts must not decrease, and ``count`` must be at least the overlap. A span takes the slot that has been free
+    longest, which gives a message the most time to come or go.
     """
-    free = deque(Place(number, -1) for number in (range(count) if oldest else reversed(range(count))))
-    taken: list[tuple[int, int]] = []
-    places = []
-    for start, end in spans:
-        while taken and taken[0][0] < start:
-            since, number = heappop(taken)
-            free.append(Place(number, since))
-        place = free.popleft() if oldest else free.pop()
-        heappush(taken, (end, place.number))
-        places.append(place)
-    return places
+    n = len(start)
+    if (end[1:] >= end[:-1]).all():  # first in, first out: slots go round
+        each = np.arange(n)
+        return each % count, np.where(each >= count, each - count, -1)
+    slot, before = np.zeros(n, np.int64), np.full(n, -1, np.int64)
+    free = [(-1, i, -1) for i in range(count)]  # (free since, slot, last span)
+    taken: list[tuple[int, int, int]] = []  # (end, slot, span)
+    for i, (first, last) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
+        while taken and taken[0][0] < first:
+            heappush(free, heappop(taken))
+        _, slot[i], before[i] = heappop(free)
+        heappush(taken, (last, int(slot[i]), i))
+    return slot, before
 
 
-def in_order(spans: Sequence[Span]) -> list[Span]:
-    """The spans as they must be reserved if they are to be reserved in this order: no later than any that follows."""
-    starts = list(accumulate((span.start for span in reversed(spans)), min))
-    return [Span(start, span.end) for start, span in zip(reversed(starts), spans, strict=True)]
+def in_order(start: Array) -> Array:
+    """The starts at which spans must be reserved, if in this order: no later than any that follows."""
+    return np.minimum.accumulate(start[::-1])[::-1]

@@ -7,11 +7,11 @@ drawing and the same JSON-lines form serve both, so that a prediction and a meas
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import gcd
-from typing import NamedTuple
+from math import gcd, isfinite
+from typing import Any, NamedTuple
 
 from hpcpipe.schedule.op import Op, ScheduleError
 
@@ -38,11 +38,11 @@ class Timeline:
     events: tuple[Event, ...]
     ranks: int
 
-    @property
+    @cached_property
     def start(self) -> float:
         return min((e.start for e in self.events), default=0.0)
 
-    @property
+    @cached_property
     def end(self) -> float:
         return max((e.end for e in self.events), default=0.0)
 
@@ -94,10 +94,20 @@ class Timeline:
                 if number == 1:
                     ranks = int(row["ranks"])
                 else:
-                    events.append(Event(int(row["rank"]), Op.parse(row["op"]), row["start"], row["end"]))
+                    events.append(_event(row, ranks))
             except (ValueError, KeyError, TypeError) as error:
                 raise ScheduleError(f"line {number} of the timeline cannot be read ({error}): {line[:60]!r}") from None
         return cls(tuple(events), ranks)
+
+
+def _event(row: Mapping[str, Any], ranks: int) -> Event:
+    """An event from its JSON object; ValueError where it is on no rank or at no time."""
+    event = Event(int(row["rank"]), Op.parse(row["op"]), float(row["start"]), float(row["end"]))
+    if not 0 <= event.rank < ranks:
+        raise ValueError(f"rank {event.rank} of {ranks}")
+    if not isfinite(event.end - event.start) or event.end < event.start:
+        raise ValueError(f"from {event.start} to {event.end}")
+    return event
 
 
 def draw(timeline: Timeline, width: int = 96, legend: bool = True) -> str:

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpcpipe.schedule.families import build
 from hpcpipe.schedule.op import Op, Schedule, ScheduleError, boundaries, needs
-from hpcpipe.schedule.policies import build
 
 
 def ops(text):

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcpipe.schedule.engine import Costs, replay
+from hpcpipe.schedule.engine import Costs
+from hpcpipe.schedule.families import build
 from hpcpipe.schedule.op import Op, ScheduleError
-from hpcpipe.schedule.policies import build
+from hpcpipe.schedule.replay import replay
 from hpcpipe.schedule.timeline import Event, Timeline, draw
 
 MEASURED = Timeline(
