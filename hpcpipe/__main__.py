@@ -49,9 +49,8 @@ def parser() -> argparse.ArgumentParser:
 
     plan = verbs.add_parser("plan", help="cut, schedule, FLOPs and exact bytes per rank, predicted bubble")
     _config(plan)
-    plan.add_argument(
-        "--ranks", type=int, default=0, metavar="N", help="ranks; 0 = pipeline.stages x pipeline.replicas"
-    )
+    plan.add_argument("--ranks", type=int, default=0, metavar="N", help="ranks; 0 = pipeline.ranks x pipeline.replicas")
+    _pictures(plan)
     plan.set_defaults(run=_plan)
 
     train = verbs.add_parser("train", help="train; under mpirun or srun, one rank per device")
@@ -62,7 +61,13 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("path")
     inspect.add_argument("--json", action="store_true", help="for programs")
     inspect.add_argument("--stats", action="store_true", help="mean, rms, largest, NaN and Inf of every tensor")
+    _pictures(inspect)
     inspect.set_defaults(run=_inspect)
+
+    report = verbs.add_parser("report", help="one HTML page about a run: loss, speed, bubble, timeline, memory")
+    report.add_argument("run_dir", metavar="RUN_DIR")
+    report.add_argument("--out", metavar="FILE", help="default: report.html in the run's folder")
+    report.set_defaults(run=_report)
 
     generate = verbs.add_parser("generate", help="text from a checkpoint")
     generate.add_argument("path", help="a checkpoint or a run folder")
@@ -81,6 +86,11 @@ def _config(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--set", action="append", default=[], metavar="section.key=value", dest="overrides")
 
 
+def _pictures(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--svg", default="", metavar="FILE", help="write the timeline as a picture")
+    verb.add_argument("--trace", default="", metavar="FILE", help="write it as trace events, for ui.perfetto.dev")
+
+
 def _prepare(args: argparse.Namespace) -> None:
     from hpcpipe.prepare import prepare
 
@@ -95,7 +105,7 @@ def _plan(args: argparse.Namespace) -> None:
     from hpcpipe.planner import describe
 
     config = load(args.config, args.overrides)
-    print(describe.describe(config, args.ranks))
+    print(describe.describe(config, args.ranks, svg=args.svg, trace=args.trace))
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -136,11 +146,19 @@ def _inspect(args: argparse.Namespace) -> None:
     if args.path.endswith(".jsonl"):
         from hpcpipe.planner.describe import timeline
 
-        print(timeline(args.path))
+        print(timeline(args.path, svg=args.svg, trace=args.trace))
         return
+    if args.svg or args.trace:
+        raise UserError(f"inspect: --svg and --trace draw a timeline, {args.path} is none; give a run's timeline.jsonl")
     from hpcpipe.checkpoint.inspect import describe
 
     print(describe(args.path, json=args.json, stats=args.stats))
+
+
+def _report(args: argparse.Namespace) -> None:
+    from hpcpipe.report import report
+
+    report(args.run_dir, args.out)
 
 
 def _generate(args: argparse.Namespace) -> None:

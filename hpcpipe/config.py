@@ -75,18 +75,27 @@ class OptimizerConfig:
     eps: float = value(1e-8, "added to the root of the second moment", above=0)
     weight_decay: float = value(0.1, "decoupled decay of matrices; norms and biases have none", least=0)
     clip: float = value(1.0, "largest global norm of the gradient; 0 = never clip", least=0)
+    early: bool | None = value(
+        None, "update before the global norm is known, again where it clips; absent = where it gains", result=False
+    )
 
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """How the model is laid over the ranks; ranks = stages * replicas."""
+    """How the model is laid over the ranks, of which there are ranks * replicas."""
 
-    stages: int = value(0, "pipeline stages; 0 = ranks / replicas", least=0, result=False)
-    replicas: int = value(1, "data-parallel copies of the pipeline; 0 = ranks / stages", least=0)
-    schedule: str = value("1f1b", "1f1b or gpipe", one_of=("1f1b", "gpipe"), result=False)
+    ranks: int = value(0, "ranks of one pipeline; 0 = all ranks / replicas", least=0, result=False)
+    replicas: int = value(1, "data-parallel copies of the pipeline; 0 = all ranks / ranks", least=0, result=False)
+    schedule: str = value("1f1b", "a name such as 1f1b or zb_v (docs/schedules.md), file:PATH, or search", result=False)
+    stages: int = value(0, "stages of the model; 0 = as many per rank as the schedule is for", least=0, result=False)
+    group: int = value(0, "interleaved: microbatches a stage runs in a row; 0 = ranks", least=0, result=False)
     cut: str | tuple[int, ...] = value(
-        "auto", "auto (by cost), even, or slots per stage such as [3, 4]", one_of=("auto", "even"), result=False
+        "auto",
+        "auto (by cost), measured (by cost on this machine), even, or slots per stage such as [3, 4]",
+        one_of=("auto", "measured", "even"),
+        result=False,
     )
+    memory: float = value(0.0, "GiB that a rank may use, for cut and search; 0 = no limit", least=0, result=False)
     timeout: float = value(
         600.0, "seconds a rank waits for another before it names it and ends the job", above=0, result=False
     )
@@ -161,7 +170,10 @@ def digest(config: Config) -> str:
 
 
 def results_digest(config: Config) -> str:
-    """Like ``digest`` over only those settings that change a loss or a parameter (not out, log_every, stages, ...)."""
+    """Like ``digest`` over only those settings that change a loss or a parameter (not out, log_every, stages, ...).
+
+    How many copies of the model there are is not a setting alone: it follows from ``pipeline`` and its schedule.
+    """
     text = SCHEMA.write(config, keep=lambda key: key.limits.result)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -257,24 +269,21 @@ def microbatches(train: TrainConfig, replicas: int) -> int:
     return train.batch // share
 
 
-def grid(pipeline: PipelineConfig, ranks: int) -> tuple[int, int]:
-    """(stages, replicas) on that many ranks; UserError where they do not multiply to it."""
-    stages, replicas = pipeline.stages, pipeline.replicas
-    if isinstance(pipeline.cut, tuple):
-        stages = stages or len(pipeline.cut)
-    if not stages and not replicas:
+def grid(pipeline: PipelineConfig, total: int) -> tuple[int, int]:
+    """(ranks of a pipeline, replicas) of ``total`` ranks; UserError where they do not multiply to it."""
+    ranks, replicas = pipeline.ranks, pipeline.replicas
+    if not ranks and not replicas:
         replicas = 1
-    if not stages and ranks % replicas == 0:
-        stages = ranks // replicas
-    elif not replicas and ranks % stages == 0:
-        replicas = ranks // stages
-    if not stages or not replicas or stages * replicas != ranks:
-        asked = " and ".join(
-            f"{n} {word}{'s' * (n > 1)}" for n, word in ((stages, "stage"), (replicas, "replica")) if n
-        )
-        start = str(stages * replicas) if stages and replicas else f"a multiple of {stages or replicas}"
+    if not ranks and total % replicas == 0:
+        ranks = total // replicas
+    elif not replicas and total % ranks == 0:
+        replicas = total // ranks
+    if not ranks or not replicas or ranks * replicas != total:
+        told = ((ranks, "pipeline rank"), (replicas, "replica"))
+        asked = " and ".join(f"{n} {word}{'s' * (n > 1)}" for n, word in told if n)
+        start = str(ranks * replicas) if ranks and replicas else f"a multiple of {ranks or replicas}"
         raise UserError(
-            f"pipeline: {ranks} rank{'s' * (ranks > 1)} cannot be laid out as {asked}; "
-            f"start {start} ranks, or change pipeline.stages or pipeline.replicas"
+            f"pipeline: {total} rank{'s' * (total > 1)} cannot be laid out as {asked}; "
+            f"start {start} ranks, or change pipeline.ranks or pipeline.replicas"
         )
-    return stages, replicas
+    return ranks, replicas

@@ -6,42 +6,35 @@ what crosses ranks, the update. After it: validation, checkpoints, the record of
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from hpcpipe import model, resume
+from hpcpipe import measure, model, resume
 from hpcpipe.backends.backend import open_backend
-from hpcpipe.checkpoint import write
 from hpcpipe.checkpoint.layout import KINDS
+from hpcpipe.comm import clock
 from hpcpipe.comm.link import Link
-from hpcpipe.config import Config, UserError, digest, grid, to_toml
+from hpcpipe.config import Config, UserError, digest, grid
 from hpcpipe.data import TOKENIZER, Dataset
 from hpcpipe.placement import cores, memory
 from hpcpipe.planner.plan import Plan, plan, resolve
 from hpcpipe.progress import DONE, Progress
-from hpcpipe.runtime.executor import Executor, Stage
-from hpcpipe.runtime.optimizer import AdamW, learning_rate
+from hpcpipe.runtime.culprit import Crew
+from hpcpipe.runtime.executor import Bound, Executor, Stage
+from hpcpipe.runtime.optimizer import AdamW
 from hpcpipe.runtime.reduce import Reducer
+from hpcpipe.runtime.standing import LAST, Whereabouts, meet
 from hpcpipe.runtime.watch import Watch
 from hpcpipe.schedule.program import MAX_TAG
 from hpcpipe.schedule.timeline import Event, Timeline, draw
 
 T = TypeVar("T")
 TAGS_OF_EVALUATION = MAX_TAG + 1
-
-
-class Step(NamedTuple):
-    """What the ranks know together after a step."""
-
-    loss: float
-    grad_norm: float
-    lr: float
-    bubble: float
-    stop: bool
 
 
 class Job:
@@ -56,10 +49,12 @@ class Job:
         ranks, replicas = len(self.plan.ranks), self.plan.replicas
         self.replica, self.place = divmod(link.rank, ranks)
         self.mine = self.plan.ranks[self.place]
-        # My pipeline, whose ranks the programs speak of, and the ranks that hold my stages in the other replicas.
+        # My pipeline, whose ranks the programs speak of.
         first = link.rank - self.place
         self.pipeline = (link.group(range(first, first + ranks)) if replicas > 1 else None) or link
-        self.peers = link.group(range(self.place, link.size, ranks)) if replicas > 1 else None
+        self.mates: dict[int, tuple[int, ...]] = {}  # of each of my stages that has copies, the ranks that hold them
+        self.copies = self._copies()
+        self.shift = clock.shift(link)
         self._together(self._open_folder)
         self.resumed, self.warnings = resume.find(self.out, link)
         self.step = self.resumed.step if self.resumed else 0
@@ -68,16 +63,24 @@ class Job:
         self._together(self._load)
         self._peak = self._measure_peak()
         self.progress: Progress | None = None
-        self._together(self._start_progress)
-        self.waits_for = ""  # what a collective is for, while it is waited for
-        self.watch = Watch(config.pipeline.timeout, self._where, self._hang)
-        self.watch.start()
+        self.where = Whereabouts(self.program, self.evaluation, self.step, first, link.size, self.mates)
+        self.meeting = meet(self.out, link)
+        crew = Crew(link.rank, self.hosts, [rank.program for rank in self.plan.ranks])
+        self.watch = Watch(config.pipeline.timeout, self.where.now, crew, self.meeting, link.abort)
 
     # --- before step 0
+
+    def begin(self, predicted: Timeline) -> None:
+        """The record and the watch start; ``predicted`` is the step of one pipeline, in seconds."""
+        self.predicted = predicted
+        self._together(self._start_progress)
+        self._together(self._write_plan)
+        self.watch.start()
 
     def _threads(self, config: Config) -> int:
         """Threads of this rank; cores are shared out among the ranks of a node that may use the same ones."""
         masks = self._everybody((self.link.hostname, cores.allowed()))
+        self.hosts = [host for host, _ in masks]
         mine = cores.share(masks, self.link.rank)
         if not config.device.threads:
             cores.bind(mine)
@@ -97,16 +100,22 @@ class Job:
         self.link.agree(error)
 
     def _prepare(self, config: Config, threads: int) -> None:
-        def work() -> None:
+        def open_all() -> None:
             grid(config.pipeline, self.link.size)
             self.data = Dataset.open(config.data.path)
             self.config = resolve(config, self.data.vocab)
             self.backend = open_backend(config.device.backend, threads)
-            self.plan: Plan = plan(self.config, self.link.size, threads, self.backend.real)
+
+        def lay_out() -> None:
+            self.plan: Plan = plan(self.config, self.link.size, threads, self.backend.real, prices=prices)
             self.out = Path(config.out)
             self.data.check(self.config)
 
-        self._together(work)
+        self._together(open_all)
+        measured = config.pipeline.cut == "measured"
+        prices = measure.prices(self.config, self.backend) if measured and self.link.rank == 0 else None
+        prices = self.link.bcast(prices)
+        self._together(lay_out)
 
     def _check_alike(self) -> None:
         """Every rank must have started with the same config, see the same data and come to the same plan."""
@@ -120,22 +129,43 @@ class Job:
                 )
         self.levels = sorted(set(self._everybody(self.backend.level)))
 
+    def _copies(self) -> dict[int, Link]:
+        """For each of my stages the ranks that hold its copies, in the order of the copies; none where it is alone."""
+        schedule, ranks = self.plan.schedule, len(self.plan.ranks)
+        if self.plan.copies == 1:
+            return {}
+        groups: dict[tuple[int, ...], Link] = {}
+        found = {}
+        for stage in sorted(self.mine.stages, key=lambda s: s % schedule.depth):  # all members in one order
+            places = schedule.placement[stage % schedule.depth :: schedule.depth]
+            members = tuple(ranks * replica + place for replica in range(self.plan.replicas) for place in places)
+            if members not in groups:
+                group = self.link.group(members)
+                assert group is not None
+                groups[members] = group
+            found[stage], self.mates[stage] = groups[members], members
+        return found
+
     def _allocate(self) -> None:
         p, mine, config = self.plan, self.mine, self.config
         _check_memory(mine.memory.total, self.link)
-        stages = {s: Stage(p.stages[s].recording, mine.layouts[s]) for s in mine.stages}
-        self.executor = Executor(mine.memory, stages, self.backend, self.pipeline)
-        self.reducer = Reducer(self.executor, mine.params, self.peers)
+        depth = p.schedule.depth
+        stages = {s: Stage(p.stages[s % depth].recording, mine.layouts[s]) for s in mine.stages}
+        self.executor = Executor(mine.memory, stages, self.backend, self.pipeline, self.shift)
+        self.reducer = Reducer(self.executor, mine.params, self.copies)
         self.program = self.executor.bind(mine.program, self.reducer.stage)
         self.evaluation = self.executor.bind(mine.evaluation, tags=TAGS_OF_EVALUATION) if mine.evaluation else None
-        self.optimizer = AdamW(self.executor, mine.params, config.optimizer, p.names)
-        where = p.schedule.placement
-        self.ties = [(copy, where[p.stage_of(copy)], where[p.stage_of(owner)]) for copy, owner in p.ties.items()]
-        self.totals = np.zeros(len(p.names) + p.replicas + 3)
-        self.inputs = [
-            [self.executor.input(name, m) for name in ("ids", "targets", "key")]
-            for m in range(mine.memory.resident["INPUT"][1] // mine.memory.stride if mine.memory.stride else 0)
-        ]
+        # Of every parameter one rank tells its squares and saves it: the one that holds it in the first copy.
+        first = {name for s in mine.stages if s < depth and not self.replica for name in p.stages[s].layer.params}
+        self.counted = [name for name in mine.params.owned if name in first and name not in p.ties]
+        self.optimizer = AdamW(self.executor, mine.params, config.optimizer, p.names, self.counted)
+        # Of every microbatch of every copy: what the loader fills.
+        self.inputs: list[tuple[int, int, Any, Any, Any]] = []
+        micros = mine.memory.resident["INPUT"][1] // mine.memory.stride if mine.memory.stride else 0
+        for chain in dict.fromkeys(s // depth for s in mine.stages):
+            for m in range(micros):
+                ids, targets, key = (self.executor.input(name, m, chain) for name in ("ids", "targets", "key"))
+                self.inputs.append((chain, m, ids, targets, key))
 
     def _open_folder(self) -> None:
         """Rank 0 makes the run's folder; what an earlier run said of its end no longer holds."""
@@ -158,14 +188,14 @@ class Job:
         if self.resumed:
             resume.check_same_model(self.resumed, {name: specs[name].shape for name in self.plan.names})
         for name in self.mine.params.owned:
-            owner, views = self.plan.ties.get(name, name), self._views(name)
+            owner, views = self.plan.ties.get(name, name), self.views(name)
             if self.resumed is None:
                 views[0][...] = model.initial(owner, specs[owner], self.config.seed)
             else:
                 for kind, view in zip(KINDS, views, strict=True):
                     self.resumed.read(kind, owner, view)
 
-    def _views(self, name: str) -> tuple[Any, Any, Any]:
+    def views(self, name: str) -> tuple[Any, Any, Any]:
         """Parameter, first and second moment of one tensor, in place."""
         start, shape = self.backend.real * self.mine.params.param[name], self.mine.params.shapes[name]
         view = self.executor.array
@@ -187,28 +217,16 @@ class Job:
             for line in self._banner():
                 self.progress.say(line)
 
-    # --- while others are waited for
-
-    def _where(self) -> tuple[Hashable, str]:
-        """Where this rank stands, and what it waits for, in the schedule's language."""
-        for bound in (self.program, self.evaluation):
-            at = -1 if bound is None else bound.at
-            if bound is not None and at >= 0:
-                kind, stage, *_ = bound.instructions[at]
-                waited_for = bound.program.waiting(at) if kind == "WAIT" else ""
-                if kind == "REDUCE" and self.peers is not None:
-                    waited_for = f"the gradients of stage {stage} from the other replicas"
-                return (id(bound), bound.runs, at), waited_for
-        return self.waits_for, self.waits_for
-
-    def _hang(self, sentence: str) -> None:
-        self.link.abort(f"{sentence}; the job ends, start it again to continue from its newest checkpoint")
-
-    def _sum(self, array: Any, what: str) -> None:
-        """Sums over all ranks; ``what`` names it in the report of a hang."""
-        self.waits_for = what
-        self.link.allreduce(array)
-        self.waits_for = ""
+    def _write_plan(self) -> None:
+        """What is predicted, for whoever looks at the run's folder."""
+        if self.link.rank == 0:
+            memory = [{"rank": i, **rank.memory.by_use()} for i, rank in enumerate(self.plan.ranks)]
+            found = {"digest": self.plan.digest, "memory": memory}
+            try:
+                (self.out / "predicted.jsonl").write_text(self.predicted.to_jsonl(), encoding="utf-8")
+                (self.out / "plan.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"out: {self.out} cannot be written ({error.strerror}); make room") from None
 
     def _banner(self) -> Iterator[str]:
         p, c = self.plan, self.config
@@ -217,138 +235,122 @@ class Job:
             f"{p.replicas} replicas x {self.backend.threads} threads; {c.pipeline.schedule}, "
             f"{p.micros} microbatches of {c.train.microbatch} x {c.train.length} tokens"
         )
-        most = max(rank.memory.total for rank in p.ranks)
+        most = p.most
         yield (
             f"{most / 2**20:,.0f} MiB per rank at most, {p.flops / 1e9:,.1f} GFLOP per step, products peak at "
-            f"{self._peak / 1e9:,.0f} GFLOP/s, predicted bubble {p.timeline.bubble:.0%}"
+            f"{self._peak / 1e9:,.0f} GFLOP/s, predicted bubble {self.predicted.bubble:.0%}"
         )
         if len(self.levels) > 1:
             yield f"ranks use different instructions ({', '.join(self.levels)}): another layout gives other bits"
         yield from self.warnings
         if self.resumed is not None:
-            changed = resume.changes(self.resumed, c, self.data.digest)
+            changed = resume.changes(self.resumed, c, self.data.digest, p.copies)
             yield f"resumed from {self.resumed.path} at step {self.step}" + (
                 f"; {changed} changed since: the result will be another" if changed else ""
             )
 
-    # --- one step
+    # --- what steps are made of
 
     def feed(self, split: str, step: int) -> None:
         """Writes the inputs of every microbatch of a step; ranks without embedding or loss have none."""
-        c, replicas = self.config, self.plan.replicas
-        micros = self.plan.micros if split == "train" else c.eval.microbatches // replicas
+        c, p = self.config, self.plan
+        micros = p.micros if split == "train" else c.eval.microbatches // p.copies
         batch = c.train.batch if split == "train" else c.eval.microbatches * c.train.microbatch
-        for micro, (ids, targets, key) in enumerate(self.inputs[:micros]):
-            if ids is not None or targets is not None:
+        for chain, micro, ids, targets, key in self.inputs:
+            copy = self.replica * p.schedule.chains + chain
+            if micro < micros and (ids is not None or targets is not None):
                 self.data.batch(
-                    split, step, micro, self.replica, batch=batch, microbatch=c.train.microbatch, replicas=replicas,
+                    split, step, micro, copy, batch=batch, microbatch=c.train.microbatch, replicas=p.copies,
                     length=c.train.length, seed=c.seed, out=(ids, targets),
                 )  # fmt: skip
-            if key is not None:
-                key[:] = (c.seed, step, self.replica * micros + micro, split == "train")
+            if micro < micros and key is not None:
+                key[:] = (c.seed, step, copy * micros + micro, split == "train")
+        if split == "train":
+            self.where.step = step + 1
 
-    def finish(self, step: int, stop: bool) -> Step:
-        """Sums what crosses ranks, clips, updates. One sum over ranks carries norm, loss, clock, the wish to stop."""
-        self.waits_for = f"the other copy of a tied gradient in step {step + 1}"
-        self.reducer.tied_copies()
-        for copy, *ends in self.ties:
-            if self.place in ends:
-                self.reducer.tie(copy, ends[0] if self.place == ends[1] else ends[1])
-        names, totals = len(self.plan.names), self.totals
-        totals[:] = 0
-        if self.replica == 0:
-            self.optimizer.squares(totals[:names])
-        clocks = self.program.clock
-        totals[names + self.replica] = self.program.loss
-        totals[-3:] = stop, self.program.busy, clocks[-1] - clocks[0]
-        self._sum(totals, f"the sum over all ranks after step {step + 1}")
-        loss = float(totals[names:-3].sum()) / self.plan.tokens
-        norm, scale = self.optimizer.scale(totals[:names])
-        if not np.isfinite(norm + loss):
-            self.link.agree(
-                f"step {step + 1}: loss {loss} and gradient norm {norm} are not finite; lower optimizer.lr, lengthen "
-                "optimizer.warmup or set optimizer.clip, and start again: the run goes on from its newest checkpoint"
-            )
-        rate = learning_rate(step, self.config.optimizer, self.config.train)
-        self.optimizer.update(step, rate, scale)
-        return Step(loss, norm, rate, float(1 - totals[-2] / totals[-1]), totals[-3] > 0)
+    def losses(self, program: Bound) -> Iterator[tuple[int, float]]:
+        """(copy of the model, its loss in the program's last run) of the copies whose loss is on this rank."""
+        depth, chains = self.plan.schedule.depth, self.plan.schedule.chains
+        for chain in range(chains):
+            if (chain + 1) * depth - 1 in self.mine.stages:
+                yield self.replica * chains + chain, program.loss(range(chain * depth, (chain + 1) * depth))
+
+    def sum_ties(self, step: int) -> None:
+        """A tied parameter's two gradients, each summed over the copies of the model, become one: owner + copy."""
+        p, own = self.plan, self.mine.params
+        depth, where = p.schedule.depth, p.schedule.placement
+        tied = f"tied gradient in step {step + 1}"
+        for copy, owner in p.ties.items():
+            ends = [(c + p.stage_of(copy), c + p.stage_of(owner)) for c in range(0, p.schedule.stages, depth)]
+            for at, _ in ends:
+                if at in self.mine.stages and owner in own.param:
+                    with self.where.waiting(f"the other copies of a {tied}", LAST, self.mates.get(at, ())):
+                        self.reducer.tied(copy, at)
+            if copy in own.param and owner in own.param:
+                self.reducer.tie(copy, self.place)
+                continue
+            for at, other in ends:
+                if self.place in (where[at], where[other]):
+                    peer = where[other] if self.place == where[at] else where[at]
+                    with self.where.waiting(f"the other end of a {tied}", LAST, self.where.only(peer)):
+                        self.reducer.tie(copy, peer)
+
+    def evaluation_due(self, step: int) -> bool:
+        """Whether ``step`` is followed by an evaluation."""
+        c = self.config
+        return self.evaluation is not None and (self.due(step, c.eval.every) or step == c.train.steps)
 
     def evaluate(self, step: int) -> None:
         """Validation loss over fixed windows, when it is due."""
-        c = self.config
-        if self.evaluation is None or not (self.due(step, c.eval.every) or step == c.train.steps):
+        if self.evaluation is None or not self.evaluation_due(step):
             return
+        c = self.config
         self.feed("val", 0)
         self.evaluation.run()
-        losses = np.zeros(self.plan.replicas)  # one term each: their sum must not depend on the transport
-        losses[self.replica] = self.evaluation.loss
-        self._sum(losses, f"the validation loss after step {step}")
+        losses = np.zeros(self.plan.copies)  # one term each: their sum must not depend on the transport
+        for copy, loss in self.losses(self.evaluation):
+            losses[copy] = loss
+        with self.where.waiting(f"the validation loss after step {step}"):
+            self.link.allreduce(losses)
         if not np.isfinite(losses.sum()):
             self.link.agree(f"step {step}: the validation loss is not finite; lower optimizer.lr and start again")
         if self.progress:
             tokens = c.eval.microbatches * c.train.microbatch * c.train.length
             self.progress.evaluated(step, float(losses.sum()) / tokens)
 
+    def save_due(self, step: int) -> bool:
+        """Whether ``step`` is followed by a checkpoint."""
+        return self.due(step, self.config.checkpoint.every) or step == self.config.train.steps
+
     def due(self, step: int, every: int) -> bool:
         """Whether something that happens every so many steps happens after ``step``."""
         return every > 0 and step % every == 0
 
-    def tell(self, step: int, seconds: float, **values: float) -> None:
-        """Rank 0 writes the step down."""
+    def tell(self, step: int, seconds: float, values: dict[str, Any]) -> None:
+        """Rank 0 writes a step down."""
         if self.progress:
             self.progress.step(step, seconds, values)
 
-    # --- after it
+    def say(self, line: str) -> None:
+        """A line that stays, from rank 0."""
+        if self.progress:
+            self.progress.say(line)
 
-    def save(self, step: int, loss: float) -> None:
-        """A checkpoint after ``step`` steps. Failing to write leaves the run and the last checkpoint as they are."""
-        folder, record, error = write.step_folder(self.out, step), None, None
-        if self.replica == 0:
-            try:
-                record = write.write_shard(folder, self.place, self._pieces())
-            except UserError as problem:
-                error = str(problem)
-        found = self.link.gather((record, error))
-        if found is not None:
-            error, notes = next((e for _, e in found if e), None), []
-            try:
-                if error is None:
-                    write.commit(folder, [r for r, _ in found if r is not None], self._attributes(step, loss))
-                    notes = write.prune(self.out, self.config.checkpoint.keep, deep=False)
-            except UserError as problem:
-                error = str(problem)
-            if error:
-                write.discard(folder)
-            assert self.progress is not None
-            for line in (f"NOT saved: {error}" if error else f"saved {folder}", *notes):
-                self.progress.say(line)
-        self.unsaved = self.link.bcast(error)
-
-    def _pieces(self) -> Iterator[write.Piece]:
-        for name in self.mine.params.owned:
-            if name not in self.plan.ties:
-                for kind, view in zip(KINDS, self._views(name), strict=True):
-                    yield write.Piece(name, kind, view.shape, (0,) * view.ndim, view)
-
-    def _attributes(self, step: int, loss: float) -> dict[str, str | int | float]:
-        return {
-            "config": to_toml(self.config),
-            "schedule": str(self.plan.schedule),
-            "plan_digest": self.plan.digest,
-            "step": step,
-            "tokens": step * self.plan.tokens,
-            "loss": loss,
-            "data_digest": self.data.digest,
-        }
+    # --- the end
 
     def close(self, loss: float, stopped: bool) -> None:
         """The measured timeline, and the completion record of a run that ended well."""
+        with self.where.waiting("the end of the run", patient=True):
+            self.link.agree(self.unsaved)
+            ran = self.program.runs > 0
+            # One origin for all, on the clock of rank 0.
+            first = self.link.bcast(float(self.program.clock[0]) + self.shift) - self.shift
+            parts = self.link.gather(self.program.events(first) if ran and self.replica == 0 else [])
+            events = tuple(event for part in parts or [] for event in part)
+            self._together(lambda: self._record(events, loss, stopped))
         self.watch.stop()
-        self.link.agree(self.unsaved)
-        first = float(self.program.clock[0])
-        parts = self.link.gather(self.program.events(first) if first and self.replica == 0 else [])
-        events = tuple(event for part in parts or [] for event in part)
-        self._together(lambda: self._record(events, loss, stopped))
+        if self.meeting is not None and self.link.rank == 0:
+            self.meeting.remove()
 
     def _record(self, events: tuple[Event, ...], loss: float, stopped: bool) -> None:
         if self.progress is None:
@@ -364,7 +366,8 @@ class Job:
         if stopped:
             self.progress.say("stopped, as asked; start it again to go on from here")
         if events:
-            for line in (f"last step, measured (bubble {timeline.bubble:.0%}):", *draw(timeline, 96).splitlines()):
+            drawn = draw(timeline, 96).splitlines()
+            for line in (*self.progress.account(), "the last step:", *drawn):
                 self.progress.say(line)
         else:
             self.progress.say(f"nothing to do: {self.out} has {self.step} steps already, train.steps is {steps}")

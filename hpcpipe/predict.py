@@ -37,8 +37,8 @@ class Predictor:
         chain = model.chain(config, 1, self.length, scale=1.0, logits=True)
         recording = record(chain, None, backward=False)
         params = arena.parameters({0: chain}, model.ties(config), 1)
-        inputs = arena.input_offsets([recording])
-        places = arena.layout(recording, params, {n: at for n, (at, _) in inputs[0].items()}, backend.real)
+        inputs = arena.input_offsets([(0, recording)])
+        places = arena.layout(recording, params, inputs[0], backend.real)
         memory = arena.arrange(
             {0: places}, {(0, pool): 1 for pool in POOLS}, params, inputs, 1, 0, backend.threads, backend.real
         )

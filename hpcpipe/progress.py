@@ -11,13 +11,17 @@ import math
 import os
 import sys
 import time
+from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from statistics import median
 from typing import IO, Any
 
 from hpcpipe.config import UserError
 
 METRICS, DONE = "metrics.jsonl", "done.json"
+RECENT = 64  # steps that the account at the end looks back on
 
 
 def _continued(file: Path, resumed: int) -> IO[str]:
@@ -56,10 +60,14 @@ class Progress:
         self.rate = 0.0  # seconds per step, averaged
         self.shown = -math.inf
         self.width = 0
+        self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
 
-    def step(self, step: int, seconds: float, values: dict[str, float]) -> None:
-        """A finished step, the ``step``-th from 1: ``values`` holds loss, grad_norm, lr and bubble."""
+    def step(self, step: int, seconds: float, values: dict[str, Any]) -> None:
+        """A finished step, the ``step``-th from 1: ``values`` holds loss, grad_norm, lr, bubble and what else is known:
+        ``parts`` of its time, what was predicted, the ``worst_wait``.
+        """
         self.rate = seconds if not self.rate else 0.9 * self.rate + 0.1 * seconds
+        self.recent.append({**values, "seconds": seconds})
         self._write(
             {
                 "step": step,
@@ -96,7 +104,28 @@ class Progress:
             os.fsync(file.fileno())
         part.replace(self.out / DONE)
 
-    def _line(self, step: int, values: dict[str, float]) -> str:
+    def account(self) -> Iterator[str]:
+        """Where the time of the last steps went, beside what was predicted; nothing where no step was accounted for."""
+        found = [values for values in self.recent if "parts" in values]
+        if not found:
+            return
+        middle = {key: median(v[key] for v in found) for key in ("seconds", "predicted_seconds", "bubble")}
+        predicted, measured = middle["predicted_seconds"], middle["seconds"]
+        line = (
+            f"a step: predicted {duration(predicted)}, measured {duration(measured)} "
+            f"({measured / predicted - 1:+.1%}), bubble {middle['bubble']:.1%} "
+            f"(predicted {found[-1]['predicted_bubble']:.1%})"
+        )
+        waits = [v["worst_wait"] for v in found if "worst_wait" in v]
+        if waits:
+            worst = max(waits, key=lambda wait: float(wait["seconds"]))
+            line += f"; worst wait: rank {worst['rank']} for {worst['op']}, {duration(worst['seconds'])}"
+        yield line
+        whole = sum(v["seconds"] for v in found)
+        shares = {name: sum(v["parts"][name] for v in found) / whole for name in found[0]["parts"]}
+        yield "its time: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+
+    def _line(self, step: int, values: dict[str, Any]) -> str:
         left = (self.steps - step) * self.rate
         return (
             f"step {step:>6}/{self.steps}  loss {values['loss']:7.4f}  norm {values['grad_norm']:8.3f}  "
@@ -138,6 +167,17 @@ def terminal() -> IO[str] | None:
         return Path("/dev/tty").open("w", encoding="utf-8") if shown.startswith(("/dev/pts/", "/dev/tty")) else None
     except OSError:
         return None
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them."""
+    return (
+        f"{seconds:.2f} s"
+        if seconds >= 1
+        else f"{1e3 * seconds:.1f} ms"
+        if seconds >= 1e-3
+        else f"{1e6 * seconds:.0f} us"
+    )
 
 
 def clock(seconds: float) -> str:

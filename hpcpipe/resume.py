@@ -48,13 +48,18 @@ def check_same_model(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]])
         )
 
 
-def changes(checkpoint: Checkpoint, config: Config, data_digest: str) -> str:
-    """What is different from the run that wrote the checkpoint and changes its results; "" for nothing."""
+def changes(checkpoint: Checkpoint, config: Config, data_digest: str, copies: int) -> str:
+    """What is different from the run that wrote the checkpoint and changes its results; "" for nothing.
+
+    ``copies`` of the model share a batch: replicas, and chains of a bidirectional schedule.
+    """
     found = []
     try:
         before = loads(str(checkpoint.attributes["config"]))
         if results_digest(before) != results_digest(config):
             found.append("settings")
+        if checkpoint.attributes.get("copies", copies) != copies:
+            found.append("the number of replicas")
     except UserError:  # written by a version with other keys
         found.append("the keys of the config")
     if checkpoint.attributes.get("data_digest", data_digest) != data_digest:

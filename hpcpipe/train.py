@@ -1,7 +1,7 @@
 """THE loop: what a training run does, step by step, in one screen.
 
 One SPMD program: every rank computes the same plan, holds its stages, and meets the others in point-to-point messages
-during the step and in one small sum after it. ``job`` is what has to exist before step 0.
+during the step and in one small sum after it. ``job`` is what has to exist before step 0, ``steps`` what a step is.
 """
 
 from __future__ import annotations
@@ -15,29 +15,30 @@ from contextlib import contextmanager
 from hpcpipe.comm.link import Link
 from hpcpipe.config import Config
 from hpcpipe.job import Job
+from hpcpipe.rehearsal import rehearse
+from hpcpipe.saving import save
+from hpcpipe.steps import Steps
 
 
 def train(config: Config, link: Link) -> float:
     """Trains until ``train.steps`` or until a signal asks to stop; returns the last loss."""
-    stop = False
     job = Job(config, link)
-    loss = job.loss
+    job.begin(rehearse(job))
+    steps = Steps(job)
     with signals() as asked:
         if job.step == 0:
             job.evaluate(0)
         for step in range(job.step, job.config.train.steps):
-            began = time.perf_counter()
-            job.feed("train", step)
-            job.program.run()
-            loss, norm, rate, bubble, stop = job.finish(step, bool(asked))
-            job.tell(step + 1, time.perf_counter() - began, loss=loss, grad_norm=norm, lr=rate, bubble=bubble)
-            job.evaluate(step + 1)
-            if job.due(step + 1, job.config.checkpoint.every) or stop or step + 1 == job.config.train.steps:
-                job.save(step + 1, loss)
-            if stop:
-                break
-        job.close(loss, stop)
-    return loss
+            steps.run(step, bool(asked))
+            if steps.rest(step + 1):
+                steps.settle()
+                job.evaluate(step + 1)
+                if steps.stop or job.save_due(step + 1):
+                    save(job, step + 1, steps.loss)
+                if steps.stop:
+                    break
+        job.close(steps.loss, steps.stop)
+    return steps.loss
 
 
 @contextmanager

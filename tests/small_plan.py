@@ -26,5 +26,5 @@ def planned(model: str = "llama", ranks: int = 1, threads: int = 1, real: int = 
 def executor_of(p: Plan, rank: int, backend: Any, link: Link | None = None) -> Executor:
     """What one pipeline rank of a plan executes with; alone unless it gets a link."""
     mine = p.ranks[rank]
-    stages = {s: Stage(p.stages[s].recording, mine.layouts[s]) for s in mine.stages}
+    stages = {s: Stage(p.stages[s % len(p.stages)].recording, mine.layouts[s]) for s in mine.stages}
     return Executor(mine.memory, stages, backend, link or LocalWorld(1).links[0])

@@ -36,6 +36,13 @@ class Channel(Protocol):
         """Whether ``wait`` would return at once; asking moves the message along."""
 
 
+class Sum(Protocol):
+    """A sum under way."""
+
+    def wait(self) -> None:
+        """Returns when the array holds the sum."""
+
+
 class Link(Protocol):
     """The ranks of a job, or of a group of it, numbered from 0."""
 
@@ -57,12 +64,18 @@ class Link(Protocol):
     def sendrecv(self, send: Any, recv: Any, peer: int) -> None:
         """Swaps buffers of equal size with ``peer``, which calls it too."""
 
+    def progress(self) -> None:
+        """Moves messages along that are under way: some transports do it only while somebody asks."""
+
     def allreduce(self, array: Any) -> None:
         """Sums a float64 array over the ranks, in place.
 
         The order of the additions is the transport's. A sum that must have the same bits on every layout takes one
         element per term, zero on all ranks but one, and is added up afterwards.
         """
+
+    def start_allreduce(self, array: Any) -> Sum:
+        """``allreduce`` without waiting: the array is the link's until the sum is waited for. One at a time."""
 
     def alltoall(self, send: Any, recv: Any) -> None:
         """Chunk j of my ``send`` becomes chunk i of rank j's ``recv``, i my rank; ``size`` equal chunks."""

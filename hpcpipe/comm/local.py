@@ -109,6 +109,7 @@ class _Room:
         self.members = members
         self.sends: dict[tuple[int, int, int], deque[LocalChannel]] = {}
         self.receives: dict[tuple[int, int, int], deque[LocalChannel]] = {}
+        self.sums: dict[int, dict[int, list[float]]] = {}
         self.table: list[Any] = [None] * len(members)
         self.arrived = self.meetings = 0
         self.result: list[Any] = []
@@ -157,6 +158,27 @@ class LocalChannel:
         return f"{'send' if self.sends else 'receive'} {source} -> {target} (tag {tag})"
 
 
+class LocalSum:
+    """The ranks' k-th sums meet by their number; each leaves a copy of its terms and adds up when all have come."""
+
+    def __init__(self, link: LocalLink, array: Any) -> None:
+        self.link, self.array, world = link, array, link.world
+        self.number = link.sums = link.sums + 1
+        with world.changed:
+            world.check()
+            self.terms = link.room.sums.setdefault(self.number, {})
+            self.terms[link.rank] = array.tolist()
+            world.changed.notify_all()
+
+    def wait(self) -> None:
+        link, world = self.link, self.link.world
+        with world.changed:
+            world.until(link.world_rank, f"sum {self.number}", lambda: len(self.terms) == link.size)
+            link.room.sums.pop(self.number, None)
+        for i, terms in enumerate(zip(*(self.terms[rank] for rank in range(link.size)), strict=True)):
+            self.array[i] = sum(terms)
+
+
 class LocalLink:
     """One rank's end."""
 
@@ -165,6 +187,7 @@ class LocalLink:
         self.world_rank = room.members[rank]  # groups name their members by their rank in the world
         self.hostname = platform.node()
         self._groups: dict[tuple[int, ...], int] = {}
+        self.sums = 0
 
     def sender(self, peer: int, tag: int, buffer: Any) -> LocalChannel:
         return LocalChannel(self, True, (self.rank, self._peer(peer), tag), buffer)
@@ -179,15 +202,14 @@ class LocalLink:
         for channel in pair:
             channel.wait()
 
+    def progress(self) -> None:
+        self.world.check()
+
     def allreduce(self, array: Any) -> None:
-        mine = _bytes(array).cast("d")
-        rows = self._meet(mine)
-        total = rows[0].tolist()
-        for row in rows[1:]:
-            total = [a + b for a, b in zip(total, row.tolist(), strict=True)]
-        self.barrier()  # everybody has read everybody's before anybody writes
-        for i, value in enumerate(total):
-            mine[i] = value
+        self.start_allreduce(array).wait()
+
+    def start_allreduce(self, array: Any) -> LocalSum:
+        return LocalSum(self, _bytes(array).cast("d"))
 
     def alltoall(self, send: Any, recv: Any) -> None:
         into, n = _bytes(recv), self._chunk(send, recv)

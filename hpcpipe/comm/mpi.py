@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
-from hpcpipe.comm.link import Channel, Link, raise_agreed
+from hpcpipe.comm.link import Channel, Link, Sum, raise_agreed
 from hpcpipe.comm.local import LocalWorld
 from hpcpipe.config import UserError
 
@@ -154,11 +154,10 @@ def _cores() -> set[int]:
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
-class MpiChannel:
-    """A persistent request."""
+class MpiSum:
+    """A request that is waited for once."""
 
     def __init__(self, request: Any, crowded: bool) -> None:
-        self.start: Callable[[], None] = request.Start
         self.done: Callable[[], bool] = request.Test
         self.wait: Callable[[], None] = self._share_core if crowded else request.Wait
 
@@ -169,6 +168,14 @@ class MpiChannel:
                 return
         while not done():
             time.sleep(NAP)
+
+
+class MpiChannel(MpiSum):
+    """A persistent request."""
+
+    def __init__(self, request: Any, crowded: bool) -> None:
+        super().__init__(request, crowded)
+        self.start: Callable[[], None] = request.Start
 
 
 class MpiLink:
@@ -199,8 +206,14 @@ class MpiLink:
     def sendrecv(self, send: Any, recv: Any, peer: int) -> None:
         self._comm.Sendrecv(self._bytes(send), peer, SWAP_TAG, self._bytes(recv), peer, SWAP_TAG)
 
+    def progress(self) -> None:
+        self._comm.Iprobe(self._mpi.ANY_SOURCE, SWAP_TAG)
+
     def allreduce(self, array: Any) -> None:
         self._comm.Allreduce(self._mpi.IN_PLACE, [array, self._mpi.DOUBLE])
+
+    def start_allreduce(self, array: Any) -> Sum:
+        return MpiSum(self._comm.Iallreduce(self._mpi.IN_PLACE, [array, self._mpi.DOUBLE]), self._crowded)
 
     def alltoall(self, send: Any, recv: Any) -> None:
         self._comm.Alltoall(self._bytes(send), self._bytes(recv))

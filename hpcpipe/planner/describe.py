@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
@@ -10,21 +11,27 @@ from hpcpipe.config import Config, UserError
 from hpcpipe.data import MANIFEST, Dataset
 from hpcpipe.placement.cores import allowed
 from hpcpipe.planner.plan import Plan, plan, resolve
+from hpcpipe.schedule import picture
 from hpcpipe.schedule.op import ScheduleError
 from hpcpipe.schedule.timeline import Timeline, draw
 
+MEASURED, PREDICTED = "timeline.jsonl", "predicted.jsonl"  # of a run's last step
 
-def describe(config: Config, ranks: int = 0, width: int = 96) -> str:
-    """What ``hpcpipe plan`` prints for ``ranks`` ranks (0: as many as the config names, at least one)."""
+
+def describe(config: Config, ranks: int = 0, width: int = 96, svg: str = "", trace: str = "") -> str:
+    """What ``hpcpipe plan`` prints for ``ranks`` ranks (0: as many as the config names, at least one).
+
+    The predicted timeline is also written to the files ``svg`` and ``trace``, if named.
+    """
     if ranks < 0:
         raise UserError(f"plan: --ranks is {ranks}, expected 1 or more, or 0 for as many as the config names")
     path = config.data.path
     vocab = Dataset.open(path).vocab if path and (Path(path) / MANIFEST).exists() else 0
-    pipeline = config.pipeline
-    listed = len(pipeline.cut) if isinstance(pipeline.cut, tuple) else 0
-    ranks = ranks or (pipeline.stages or listed or 1) * (pipeline.replicas or 1)
+    ranks = ranks or (config.pipeline.ranks or 1) * (config.pipeline.replicas or 1)
     threads = config.device.threads or max(1, len(allowed()) // ranks)
-    return "\n".join(_lines(plan(resolve(config, vocab), ranks, threads), threads, width))
+    found = plan(resolve(config, vocab), ranks, threads)
+    _write("plan", {"predicted": found.timeline}, svg, trace)
+    return "\n".join(_lines(found, threads, width))
 
 
 def _lines(p: Plan, threads: int, width: int) -> list[str]:
@@ -67,16 +74,42 @@ def _span(slots: tuple[str, ...]) -> str:
     return slots[0] if len(slots) == 1 else f"{slots[0]} … {slots[-1]}"
 
 
-def timeline(path: str, width: int = 96) -> str:
-    """What ``hpcpipe inspect run/timeline.jsonl`` prints: a measured step, drawn like a predicted one."""
+def timeline(path: str, width: int = 96, svg: str = "", trace: str = "") -> str:
+    """What ``hpcpipe inspect run/timeline.jsonl`` prints: a measured step, drawn like a predicted one.
+
+    Pictures also show what was predicted, above it, where the run left ``predicted.jsonl`` beside it.
+    """
+    file = Path(path)
+    found = _read(file)
+    if svg or trace:
+        predicted = file.with_name(PREDICTED)
+        beside = {"predicted": _read(predicted)} if file.name != PREDICTED and predicted.exists() else {}
+        own = "measured" if file.name == MEASURED else file.stem
+        _write("inspect", {**beside, own: found}, svg, trace)
+    idle = "  ".join(f"rank {r} {found.idle(r):.4f} s" for r in range(found.ranks))
+    lines = [f"{len(found.events)} ops, {found.makespan:.4f} s, bubble {found.bubble:.1%}; idle: {idle}"]
+    return "\n".join([*lines, draw(found, width)])
+
+
+def _read(path: Path) -> Timeline:
+    """The timeline in a file."""
     try:
-        found = Timeline.from_jsonl(Path(path).read_text(encoding="utf-8"))
+        found = Timeline.from_jsonl(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"inspect: {path} cannot be read ({error.strerror}); give a run's timeline.jsonl") from None
     except (ScheduleError, UnicodeDecodeError) as error:
         raise UserError(f"inspect: {path} is not a timeline ({error}); give a run's timeline.jsonl") from None
     if not found.events:
         raise UserError(f"inspect: {path} holds no events; give the timeline.jsonl of a run that did a step")
-    idle = "  ".join(f"rank {r} {found.idle(r):.4f} s" for r in range(found.ranks))
-    lines = [f"{len(found.events)} ops, {found.makespan:.4f} s, bubble {found.bubble:.1%}; idle: {idle}"]
-    return "\n".join([*lines, draw(found, width)])
+    return found
+
+
+def _write(verb: str, timelines: Mapping[str, Timeline], svg: str, trace: str) -> None:
+    """Writes the pictures that a person asked for: file names, empty for none."""
+    for name, make in ((svg, picture.svg), (trace, picture.trace)):
+        if not name:
+            continue
+        try:
+            Path(name).write_text(make(timelines), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{verb}: {name} cannot be written ({error.strerror}); choose another file") from None

@@ -7,23 +7,33 @@ here knows MPI, and no array is touched: stages are recorded on the null backend
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import inf
 from typing import Any
 
 from hpcpipe import model
 from hpcpipe.backends.null import Recording, record
 from hpcpipe.config import Config, UserError, grid, microbatches, to_toml
+from hpcpipe.planner import schedules, slots
 from hpcpipe.planner.costs import CORE, Cost, Device, price
 from hpcpipe.planner.cut import bounds
 from hpcpipe.runtime import arena
 from hpcpipe.runtime.arena import Layout, Memory, Parameters
-from hpcpipe.schedule import engine, policies, program
+from hpcpipe.schedule import families, program
 from hpcpipe.schedule.check import check
+from hpcpipe.schedule.engine import Costs
+from hpcpipe.schedule.families import period
 from hpcpipe.schedule.op import Schedule
 from hpcpipe.schedule.program import POOLS, Lifetimes, Program
+from hpcpipe.schedule.replay import replay
 from hpcpipe.schedule.timeline import Timeline
+
+GIB = 2**30
+TRIES = 8  # cuts that are laid out to keep a memory limit
+WORTH = 0.01  # share of a step that an early update must save to be worth its memory
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,14 @@ class StagePlan:
     layer: Any
     recording: Recording
     cost: Cost
+
+    def held(self, real: int) -> int:
+        """Bytes that one microbatch holds from its F to its W."""
+        return slots.Slot(self.layer, self.recording).held(real)
+
+    def state(self, real: int) -> int:
+        """Bytes of parameters, gradients and moments."""
+        return slots.Slot(self.layer, self.recording).state(real)
 
 
 @dataclass(frozen=True)
@@ -54,18 +72,20 @@ class Plan:
 
     config: Config
     replicas: int
-    micros: int  # microbatches per step and replica
-    stages: tuple[StagePlan, ...]
+    micros: int  # microbatches per step and copy of the model
+    stages: tuple[StagePlan, ...]  # of one copy
     schedule: Schedule
     ranks: tuple[RankPlan, ...]
     timeline: Timeline
     ties: Mapping[str, str]
+    early: bool = False  # update before the norm of the whole gradient is known, on a guess
 
     @cached_property
     def digest(self) -> str:
         """Names the plan: equal digests mean the same cut, programs and memory on every rank."""
         text = [to_toml(self.config), str(self.schedule), str([s.slots for s in self.stages])]
-        text += [f"{r.memory.pools}{r.program.instructions}" for r in self.ranks]  # `work` depends on a rank's threads
+        # Not all of the memory: `work` depends on a rank's threads.
+        text += [f"{r.memory.pools}{r.program.table.tolist()}" for r in self.ranks]
         return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
 
     @property
@@ -74,10 +94,23 @@ class Plan:
         return [name for stage in self.stages for name in stage.layer.params if name not in self.ties]
 
     @property
+    def copies(self) -> int:
+        """Copies of the model: replicas times the schedule's chains. Copy c is chain c % chains of replica c // chains.
+
+        Losses and gradients depend on their number, and on nothing else of the layout.
+        """
+        return self.replicas * self.schedule.chains
+
+    @property
+    def most(self) -> int:
+        """Bytes of the fullest rank."""
+        return max(rank.memory.total for rank in self.ranks)
+
+    @property
     def flops(self) -> float:
         """Floating-point operations of one optimizer step over all ranks, counted from the recordings."""
         each = sum(stage.recording.flops(name) for stage in self.stages for name in "FBW")
-        return each * self.micros * self.replicas
+        return each * self.micros * self.copies
 
     @property
     def tokens(self) -> int:
@@ -95,57 +128,124 @@ def resolve(config: Config, vocab: int = 0) -> Config:
     return replace(config, model=m, train=replace(config.train, length=config.train.length or m.context))
 
 
-def plan(config: Config, ranks: int, threads: int = 1, real: int = 4, device: Device = CORE) -> Plan:
-    """The plan of a resolved config on ``ranks`` ranks of ``threads`` threads; UserError if it cannot be laid out."""
-    stages, replicas = grid(config.pipeline, ranks)
-    micros = microbatches(config.train, replicas)
-    _check_evaluation(config, replicas)
-    chain = _chain(config)
-    parts = _stages(config, chain, stages, device)
-    schedule = policies.build(config.pipeline.schedule, stages, stages, micros)
-    prices = [part.cost for part in parts]
-    costs = engine.Costs(tuple(p.F for p in prices), tuple(p.B for p in prices), tuple(p.W for p in prices))
-    ties = model.ties(config.model)
-    laid = _ranks(config, parts, schedule, ties, replicas, threads, real)
-    timeline = engine.replay(schedule, costs)
-    return Plan(config, replicas, micros, parts, schedule, laid, timeline, ties)
+def plan(
+    config: Config,
+    total: int,
+    threads: int = 1,
+    real: int = 4,
+    device: Device = CORE,
+    prices: Mapping[str, Cost] | None = None,
+) -> Plan:
+    """The plan of a resolved config on ``total`` ranks of ``threads`` threads; UserError if it cannot be laid out.
+
+    ``prices`` are measured costs of the slots by kind; without them ``device`` says what they cost.
+    """
+    ranks, replicas = grid(config.pipeline, total)
+    shape = schedules.shape(config.pipeline, ranks)
+    copies = replicas * shape.chains
+    micros = microbatches(config.train, copies)
+    _check_evaluation(config, copies)
+    costs_of = prices or {}
+
+    def laid_out(room: float) -> Plan:
+        parts = _stages(config, shape, micros, device, costs_of, real, room)
+        costs = _costs([part.cost for part in parts] * shape.chains)
+        held = [part.held(real) for part in parts]
+        state = [part.state(real) for part in parts] * shape.chains
+        spare = [
+            room - sum(s for s, r in zip(state, shape.placement, strict=True) if r == rank) for rank in range(ranks)
+        ]
+        schedule = schedules.build(config.pipeline, shape, micros, costs, held, spare)
+        ties, timeline = model.ties(config.model), replay(schedule, costs)
+        early = config.optimizer.early
+        if early is None:
+            early = _gains(timeline) and not _crossed(parts, schedule, ties)
+        laid = _ranks(config, parts, schedule, ties, replicas, threads, real, early)
+        return Plan(config, replicas, micros, parts, schedule, laid, timeline, ties, early)
+
+    return _within(config.pipeline.memory * GIB or inf, laid_out)
 
 
-def _check_evaluation(config: Config, replicas: int) -> None:
-    if config.eval.every and config.eval.microbatches % replicas:
+def _within(limit: float, laid_out: Callable[[float], Plan]) -> Plan:
+    """The plan whose fullest rank keeps ``limit`` bytes. The cut weighs what grows with its parts; what comes on top
+    (messages, temporaries) is known once all is laid out, and taken off the next try's room.
+    """
+    found, room = laid_out(limit), limit
+    for _ in range(TRIES):
+        over = found.most - limit
+        if over <= 0:
+            return found
+        room -= over
+        with suppress(UserError):
+            found = laid_out(room)
+    _check_limit(limit, found)
+    return found
+
+
+def _check_limit(limit: float, found: Plan) -> None:
+    if found.most > limit:
+        rank = max(range(len(found.ranks)), key=lambda r: found.ranks[r].memory.total)
         raise UserError(
-            f"eval.microbatches = {config.eval.microbatches} cannot be shared by {replicas} replicas; "
-            f"use a multiple of {replicas}"
+            f"plan: rank {rank} needs {found.most / GIB:.3g} GiB, pipeline.memory is {limit / GIB:.3g}; try a schedule "
+            'that holds less (v_half, v_min), train.microbatch = 1, train.recompute = "block" or more ranks'
         )
 
 
-def _chain(config: Config) -> Any:
-    train = config.train
-    return model.chain(
-        config.model, train.microbatch, train.length, scale=1 / (train.batch * train.length), recompute=train.recompute
-    )
+def _gains(timeline: Timeline) -> bool:
+    """Whether steps can follow each other faster than a whole one takes: no rank waits for the slowest between two."""
+    return period(timeline) < (1 - WORTH) * timeline.makespan
 
 
-def _stages(config: Config, chain: Any, stages: int, device: Device) -> tuple[StagePlan, ...]:
-    shape = (config.train.microbatch * config.train.length, config.model.width)
-    names = list(chain.children)
-    priced: dict[str, float] = {}
-    for i, name in enumerate(names):  # layers cost the same: one stands for all
-        kind = "layer" if name.startswith("layer.") else name
-        if kind not in priced:
-            slot = model.cut(chain, (0, i, i + 1, len(names)) if 0 < i < len(names) - 1 else _edge(i, len(names)))
-            priced[kind] = price(record(slot[1 if i > 0 else 0], shape if i else None), device).total
-    costs = [priced["layer" if name.startswith("layer.") else name] for name in names]
-    edges = bounds(config.pipeline.cut, costs, stages)
+def _crossed(parts: Sequence[StagePlan], schedule: Schedule, ties: Mapping[str, str]) -> bool:
+    """Whether the two ends of a tie are on two ranks, which then meet at the end of every step anyway."""
+    stage = {name: i for i, part in enumerate(parts) for name in part.layer.params}
+    return any(schedule.placement[stage[a]] != schedule.placement[stage[b]] for a, b in ties.items())
+
+
+def _costs(prices: Sequence[Cost]) -> Costs:
+    return Costs(tuple(p.F for p in prices), tuple(p.B for p in prices), tuple(p.W for p in prices))
+
+
+def _check_evaluation(config: Config, copies: int) -> None:
+    if config.eval.every and config.eval.microbatches % copies:
+        raise UserError(
+            f"eval.microbatches = {config.eval.microbatches} cannot be shared by {copies} replicas; "
+            f"use a multiple of {copies}"
+        )
+
+
+def _stages(
+    config: Config,
+    shape: schedules.Shape,
+    micros: int,
+    device: Device,
+    prices: Mapping[str, Cost],
+    real: int,
+    limit: float,
+) -> tuple[StagePlan, ...]:
+    """The cut; ``limit`` are the bytes that a rank's state and activations may take."""
+    whole = slots.chain(config)
+    alone, names = slots.alone(config, whole), list(whole.children)
+    found = prices or slots.roofline(alone, device)
+    costs = [found[slots.kind(name)].total for name in names]
+    state = slots.sums(names, {kind: slot.state(real) for kind, slot in alone.items()})
+    held = slots.sums(names, {kind: slot.held(real) for kind, slot in alone.items()})
+    flying = slots.in_flight(schedules.draft(config.pipeline, shape, micros)) if limit < inf else []
+    edges = bounds(
+        config.pipeline.cut, costs, shape.depth, placement=shape.placement[: shape.depth], limit=limit,
+        bytes_of=lambda stage, a, b: state[b] - state[a] + flying[stage] * (held[b] - held[a]) if flying else 0.0,
+    )  # fmt: skip
     parts = []
-    for i, layer in enumerate(model.cut(chain, edges)):
-        recording = record(layer, shape if i else None)
-        parts.append(StagePlan(tuple(names[edges[i] : edges[i + 1]]), layer, recording, price(recording, device)))
+    for i, layer in enumerate(model.cut(whole, edges)):
+        recording = record(layer, slots.activation(config) if i else None)
+        mine = tuple(names[edges[i] : edges[i + 1]])
+        cost = _sum(found[slots.kind(name)] for name in mine) if prices else price(recording, device)
+        parts.append(StagePlan(mine, layer, recording, cost))
     return tuple(parts)
 
 
-def _edge(i: int, n: int) -> tuple[int, ...]:
-    return (0, 1, n) if i == 0 else (0, n - 1, n)
+def _sum(costs: Iterable[Cost]) -> Cost:
+    return Cost(*(sum(each) for each in zip(*costs, strict=True)))
 
 
 def _ranks(
@@ -156,23 +256,24 @@ def _ranks(
     replicas: int,
     threads: int,
     real: int,
+    early: bool,
 ) -> tuple[RankPlan, ...]:
-    held = [tuple(s for s, r in enumerate(schedule.placement) if r == rank) for rank in range(len(schedule.rows))]
-    params = [arena.parameters({s: parts[s].layer for s in mine}, ties, replicas) for mine in held]
-    inputs = [arena.input_offsets([parts[s].recording for s in mine]) for mine in held]
+    held = [tuple(s for s, r in enumerate(schedule.placement) if r == rank) for rank in range(schedule.ranks)]
+    depth, copies = schedule.depth, replicas * schedule.chains
+    params = [arena.parameters({s: parts[s % depth].layer for s in mine}, ties, copies) for mine in held]
+    inputs = [arena.input_offsets([(s // depth, parts[s % depth].recording) for s in mine]) for mine in held]
     layouts: dict[int, Layout] = {}
     for rank, mine in enumerate(held):
-        offsets = {name: at for name, (at, _) in inputs[rank][0].items()}
-        layouts |= {s: arena.layout(parts[s].recording, params[rank], offsets, real) for s in mine}
-    lifetimes: list[Lifetimes] = [layouts[s].lifetimes for s in range(len(parts))]
+        for s in mine:
+            layouts[s] = arena.layout(parts[s % depth].recording, params[rank], inputs[rank][0], real, s // depth)
+    lifetimes: list[Lifetimes] = [layouts[s].lifetimes for s in range(schedule.stages)]
     programs = program.lower(schedule, lifetimes)
     check(programs)
     evaluations: tuple[Program | None, ...] = (None,) * len(programs)
-    eval_micros = config.eval.microbatches // replicas
+    eval_micros = config.eval.microbatches // copies
     if config.eval.every:
-        evaluations = program.lower(
-            policies.forward_only(schedule.placement, eval_micros), lifetimes, forward_only=True
-        )
+        forward = families.forward_only(schedule.placement, eval_micros, schedule.chains)
+        evaluations = program.lower(forward, lifetimes, forward_only=True)
         check(evaluations)
     found = []
     for rank, mine in enumerate(held):
@@ -180,7 +281,7 @@ def _ranks(
         both = [p.counts for p in (programs[rank], evaluations[rank]) if p is not None]
         counts = {(s, pool): max(c.get((s, pool), 0) for c in both) for s in mine for pool in POOLS}
         micros = max(schedule.micros, eval_micros if config.eval.every else 0)
-        scratch = arena.scratch_elements(params[rank], replicas)
-        memory = arena.arrange(own, counts, params[rank], inputs[rank], micros, scratch, threads, real)
+        scratch = arena.scratch_elements(params[rank], copies)
+        memory = arena.arrange(own, counts, params[rank], inputs[rank], micros, scratch, threads, real, early)
         found.append(RankPlan(mine, params[rank], own, memory, programs[rank], evaluations[rank]))
     return tuple(found)

@@ -17,11 +17,12 @@ from hpcpipe.backends.null import PASSES, Call, Recording, Tensor
 from hpcpipe.schedule.op import Kind
 from hpcpipe.schedule.program import POOLS, Lifetimes
 
-RESIDENT = ("PARAM", "GRAD", "MOMENT1", "MOMENT2", "SCALAR", "INPUT", "TEMP", "SCRATCH")
+RESIDENT = ("PARAM", "GRAD", "MOMENT1", "MOMENT2", "BEFORE", "SCALAR", "INPUT", "TEMP", "SCRATCH")
 REGIONS = (*RESIDENT, *POOLS)
 INDEX = {name: i for i, name in enumerate(REGIONS)}
 ALIGN = 64  # bytes: a cache line, and the widest vector register
 HYPER = 8  # float64 scalars of the optimizer, at the start of SCALAR
+Inputs = dict[tuple[int, str], tuple[int, Tensor]]  # (copy, loader input) -> (offset within a microbatch, tensor)
 BUCKET = 1 << 20  # elements of SCRATCH at most: the unit of a data-parallel or tied-embedding exchange
 
 
@@ -102,10 +103,10 @@ class Layout:
     lifetimes: Lifetimes
 
 
-def layout(recording: Recording, params: Parameters, inputs: Mapping[str, int], real: int) -> Layout:
+def layout(recording: Recording, params: Parameters, inputs: Inputs, real: int, copy: int = 0) -> Layout:
     """Gives every tensor of a recording its place; what a pass writes and a later pass reads decides the pool.
 
-    ``inputs`` maps loader input names to offsets within a microbatch's inputs. Temporaries share memory by linear scan.
+    ``inputs`` are the rank's, of which the stage reads those of its ``copy``. Temporaries share memory by linear scan.
     """
     where: dict[int, tuple[int, int]] = {}
     for name, tensor in recording.params.items():
@@ -113,13 +114,13 @@ def layout(recording: Recording, params: Parameters, inputs: Mapping[str, int], 
     for name, tensor in recording.grads.items():
         where[tensor.id] = (INDEX["GRAD"], real * params.grad[name])
     for name, tensor in recording.inputs.items():
-        where[tensor.id] = (INDEX["INPUT"], inputs[name])
+        where[tensor.id] = (INDEX["INPUT"], inputs[copy, name][0])
     slot = dict.fromkeys(POOLS, 0)
     for pool, boundary in zip(POOLS, (recording.x, recording.y, recording.dy, recording.dx), strict=False):
         if boundary is not None:
             if boundary.id in where:
                 raise ValueError(f"a stage hands {pool} on unchanged; every stage must write its own output")
-            where[boundary.id], slot[pool] = (INDEX[pool], 0), size_of(boundary, real)
+            where[boundary.id], slot[pool] = (INDEX[pool], 0), size_of(boundary, real) + ALIGN  # the sender's clock
     pool_of = {("F", "B"): "SAVED", ("F", "W"): "KEPT", ("B", "W"): "OWED"}
     for tensor in _tensors(recording):
         kept = pool_of.get(recording.lifetimes[tensor.id])
@@ -183,7 +184,7 @@ class Memory:
 
     resident: dict[str, tuple[int, int]]  # region -> (base, bytes)
     pools: dict[tuple[int, str], tuple[int, int, int]]  # (stage, pool) -> (base, bytes of a slot, slots)
-    inputs: dict[str, tuple[int, Tensor]]  # loader input -> (offset within a microbatch, tensor)
+    inputs: Inputs
     stride: int  # bytes of one microbatch's inputs
     work: int  # base of the kernels' scratch
     total: int
@@ -195,7 +196,7 @@ class Memory:
 
     def by_use(self) -> dict[str, int]:
         """Bytes by purpose, in the order people ask for them; they sum to ``total``."""
-        parts = {name.lower(): size for name, (_, size) in self.resident.items()}
+        parts = {name.lower(): size for name, (_, size) in self.resident.items() if size or name != "BEFORE"}
         for (_, pool), (_, size, count) in self.pools.items():
             use = "messages" if pool in ("X", "Y", "DY", "DX") else "activations"
             parts[use] = parts.get(use, 0) + size * count
@@ -203,14 +204,17 @@ class Memory:
         return parts
 
 
-def input_offsets(recordings: Sequence[Recording]) -> tuple[dict[str, tuple[int, Tensor]], int]:
-    """Offsets of a rank's loader inputs within one microbatch, and the bytes of one microbatch."""
-    table: dict[str, tuple[int, Tensor]] = {}
+def input_offsets(recordings: Sequence[tuple[int, Recording]]) -> tuple[Inputs, int]:
+    """Offsets of a rank's loader inputs within one microbatch, and the bytes of one microbatch.
+
+    ``recordings`` come with the number of the model's copy that they belong to: each copy has inputs of its own.
+    """
+    table: Inputs = {}
     at = 0
-    for recording in recordings:
+    for copy, recording in recordings:
         for name, tensor in recording.inputs.items():
-            if name not in table:
-                table[name] = (at, tensor)
+            if (copy, name) not in table:
+                table[copy, name] = (at, tensor)
                 at += size_of(tensor, 8)
     return table, at
 
@@ -219,21 +223,24 @@ def arrange(
     layouts: Mapping[int, Layout],
     counts: Mapping[tuple[int, str], int],
     params: Parameters,
-    inputs: tuple[dict[str, tuple[int, Tensor]], int],
+    inputs: tuple[Inputs, int],
     micros: int,
     scratch: int,
     threads: int,
     real: int,
+    early: bool = False,
 ) -> Memory:
     """Stacks the regions of one rank: flat buffers, scalars, inputs of a step, temporaries, slots, scratch.
 
-    ``counts[stage, pool]`` are slots, ``scratch`` the elements that exchanges need, ``micros`` a step's microbatches.
+    ``counts[stage, pool]`` are slots, ``scratch`` the elements that exchanges need, ``micros`` a step's microbatches;
+    ``early`` asks for the room that an update on a guess needs.
     """
     sizes = {
         "PARAM": real * params.size,
         "GRAD": real * params.grad_size,
         "MOMENT1": real * params.size,
         "MOMENT2": real * params.size,
+        "BEFORE": real * params.size * early,
         "SCALAR": 8 * (HYPER + len(params.owned)),
         "INPUT": inputs[1] * micros,
         "TEMP": max(part.temp for part in layouts.values()),

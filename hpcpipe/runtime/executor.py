@@ -6,19 +6,24 @@ In: the rank's memory map, its stages' recordings, a backend, a link. Everything
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-from hpcpipe.backends.null import PASSES, Recording
+from hpcpipe.backends.null import PASSES, Call, Recording
 from hpcpipe.comm.link import Channel, Link
+from hpcpipe.runtime.account import Account
 from hpcpipe.runtime.arena import INDEX, REGIONS, RESIDENT, Layout, Memory
 from hpcpipe.schedule.op import Op
-from hpcpipe.schedule.program import POOLS, Instruction, Program, Slot
+from hpcpipe.schedule.program import POOLS, Edge, Instruction, Program, Slot
 from hpcpipe.schedule.timeline import Event
+
+PORTION = 1e8  # FLOPs between two looks after messages: a millisecond or two of a core
 
 
 @dataclass(frozen=True)
@@ -32,8 +37,11 @@ class Stage:
 class Executor:
     """Owns a rank's arena and the compiled passes of its stages."""
 
-    def __init__(self, memory: Memory, stages: Mapping[int, Stage], backend: Any, link: Link) -> None:
-        self.memory, self.stages, self.backend, self.link = memory, stages, backend, link
+    def __init__(
+        self, memory: Memory, stages: Mapping[int, Stage], backend: Any, link: Link, shift: float = 0.0
+    ) -> None:
+        """``shift`` makes this rank's clock that of rank 0."""
+        self.memory, self.stages, self.backend, self.link, self.shift = memory, stages, backend, link, shift
         self.arena = backend.allocate(memory.total)
         self.passes = {
             (index, name): backend.compile(stage.recording.passes[name], lambda t, s=stage: s.layout.where[t.id])
@@ -41,15 +49,31 @@ class Executor:
             for name in PASSES
         }
 
+    @cached_property
+    def pieces(self) -> dict[tuple[int, str], list[Any]]:
+        """The passes in pieces, with a look after messages in between: TCP moves nothing unless somebody enters MPI."""
+        return {
+            (index, name): [
+                self.backend.compile(calls, lambda t, s=stage: s.layout.where[t.id])
+                for calls in _portions(stage.recording.passes[name])
+            ]
+            for index, stage in self.stages.items()
+            for name in PASSES
+        }
+
     def array(self, region: str, offset: int, shape: tuple[int, ...], type: str = "r") -> Any:
         """A view of a resident region; ``offset`` in bytes."""
         return self.backend.array(self.arena, self.memory.resident[region][0] + offset, shape, type)
 
-    def input(self, name: str, micro: int) -> Any | None:
+    def clear(self, region: str) -> None:
+        """Sets a resident region to zeros."""
+        self.array(region, 0, (self.memory.resident[region][1] // 4,), "i")[...] = 0
+
+    def input(self, name: str, micro: int, copy: int = 0) -> Any | None:
         """The view that the loader fills for one microbatch, or None where no stage of this rank asks for it."""
-        if name not in self.memory.inputs:
+        if (copy, name) not in self.memory.inputs:
             return None
-        offset, tensor = self.memory.inputs[name]
+        offset, tensor = self.memory.inputs[copy, name]
         return self.array("INPUT", self.memory.stride * micro + offset, tensor.shape, tensor.type)
 
     def bases(self, instruction: Instruction | None = None) -> np.ndarray:
@@ -66,28 +90,53 @@ class Executor:
 
     def bind(self, program: Program, reduce: Callable[[int], None] | None = None, tags: int = 0) -> Bound:
         """Prepares a program: channels made, bases computed. ``tags`` keeps two programs' messages apart."""
-        channels = {edge.slot: self._channel(edge, tags) for edge in program.edges}
-        calls = [self._prepare(i, channels, reduce) for i in program.instructions]
-        losses = [self._loss(i) for i in program.instructions if i.kind == "F" and self._ends_in_loss(i.stage)]
-        return Bound(program, tuple(calls), losses)
+        channels = {
+            slot: self._channel(edge, slot, tags)
+            for edge in program.edges
+            for slot in (Slot(edge.stage, edge.pool, i) for i in range(program.counts[edge.stage, edge.pool]))
+        }
+        bound = Bound(program)
+        bound.calls = tuple(self._prepare(at, i, channels, reduce, bound) for at, i in enumerate(bound.instructions))
+        bound.losses = [
+            (i.stage, self._loss(i)) for i in bound.instructions if i.kind == "F" and self._ends_in_loss(i.stage)
+        ]
+        return bound
 
-    def _channel(self, edge: Any, tags: int) -> Channel:
-        _, size, _ = self.memory.pools[edge.slot.stage, edge.slot.pool]
-        buffer = self.backend.array(self.arena, self.memory.base(*edge.slot), (size // 8,), "d")
+    def _channel(self, edge: Edge, slot: Slot, tags: int) -> Channel:
+        _, size, _ = self.memory.pools[slot.stage, slot.pool]
+        buffer = self.backend.array(self.arena, self.memory.base(*slot), (size // 8,), "d")
         make = self.link.sender if edge.direction == "send" else self.link.receiver
         return make(edge.peer, edge.tag + tags, buffer)
 
+    def _stamp(self, slot: Slot) -> Any:
+        """Behind the tensor of a message: when its sender let go of it, on the sender's clock."""
+        _, size, _ = self.memory.pools[slot.stage, slot.pool]
+        return self.backend.array(self.arena, self.memory.base(*slot) + size - 8, (1,), "d")
+
     def _prepare(
-        self, instruction: Instruction, channels: Mapping[Slot, Channel], reduce: Callable[[int], None] | None
+        self,
+        at: int,
+        instruction: Instruction,
+        channels: Mapping[Slot, Channel],
+        reduce: Callable[[int], None] | None,
+        bound: Bound,
     ) -> Callable[[], None]:
-        kind, stage = instruction.kind, instruction.stage
+        kind, stage, slot = instruction.kind, instruction.stage, instruction.slot
         if kind in PASSES:
-            handle, bases, run = self.passes[stage, kind], self.bases(instruction), self.backend.run
-            arena, work = self.arena, self.memory.work
-            return lambda: run(handle, arena, bases, work)
+            bases, run, arena, work = self.bases(instruction), self.backend.run, self.arena, self.memory.work
+            first, *rest = self.pieces[stage, kind] if channels else [self.passes[stage, kind]]
+            if not rest:
+                return lambda: run(first, arena, bases, work)
+            return _in_pieces(run, (first, *rest), arena, bases, work, self.link.progress)
         if kind == "REDUCE":
             return (lambda: reduce(stage)) if reduce else (lambda: None)
-        channel = channels[instruction.slot]  # type: ignore[index]
+        assert slot is not None
+        channel = channels[slot]
+        if kind == "SEND":
+            return _sending(channel.start, self._stamp(slot), self.shift)
+        if kind == "WAIT" and slot.pool in ("X", "DY"):
+            number = int(np.searchsorted(bound.account.receives, at))
+            return _receiving(channel.wait, self._stamp(slot), self.shift, bound.released, number)
         return channel.wait if kind == "WAIT" else channel.start
 
     def _ends_in_loss(self, stage: int) -> bool:
@@ -99,41 +148,95 @@ class Executor:
         return self.backend.array(self.arena, self.memory.base(*slot), (1,), "d")
 
 
+def _portions(calls: Sequence[Call]) -> list[Sequence[Call]]:
+    """Consecutive calls of about PORTION each."""
+    ends, done = [0], 0.0
+    for i, call in enumerate(calls, 1):
+        done += call.flops
+        if done >= PORTION and i < len(calls):
+            ends.append(i)
+            done = 0.0
+    return [calls[a:b] for a, b in pairwise([*ends, len(calls)])]
+
+
+def _in_pieces(
+    run: Callable[..., None], handles: Sequence[Any], arena: Any, bases: Any, work: int, between: Callable[[], None]
+) -> Callable[[], None]:
+    def compute() -> None:
+        for handle in handles:
+            run(handle, arena, bases, work)
+            between()
+
+    return compute
+
+
+def _sending(start: Callable[[], None], stamp: Any, shift: float) -> Callable[[], None]:
+    def send() -> None:
+        stamp[0] = perf_counter() + shift
+        start()
+
+    return send
+
+
+def _receiving(
+    wait: Callable[[], None], stamp: Any, shift: float, released: np.ndarray, number: int
+) -> Callable[[], None]:
+    def receive() -> None:
+        wait()
+        released[number] = stamp[0] - shift
+
+    return receive
+
+
 class Bound:
     """A program ready to run, with the clock readings of its last run.
 
     ``at`` is the instruction being executed (-1 between runs), ``runs`` counts the runs: what a watch looks at.
+    ``released`` holds when the sender of each received message let go of it.
     """
 
-    def __init__(self, program: Program, calls: tuple[Callable[[], None], ...], losses: list[Any]) -> None:
-        self.program, self.instructions, self.calls, self.losses = program, program.instructions, calls, losses
-        self.clock = np.zeros(len(calls) + 1)
-        self.compute = np.array([i.kind in PASSES for i in self.instructions], bool)
+    def __init__(self, program: Program) -> None:
+        self.program, self.instructions, self.account = program, program.instructions, Account(program)
+        self.calls: tuple[Callable[[], None], ...] = ()
+        self.losses: list[tuple[int, Any]] = []  # (stage, view)
+        self.clock = np.zeros(len(self.instructions) + 1)
+        self.released = np.zeros(len(self.account.receives))
+        weights = [i for i, instruction in enumerate(self.instructions) if instruction.kind == "W"]
+        self.turning = weights[0] if weights else len(self.instructions)  # the first W: gradients change from here on
         self.at, self.runs = -1, 0
 
-    def run(self) -> None:
-        """One step: every instruction in order."""
-        clock = self.clock
+    def run(self, check: Callable[[], bool] | None = None) -> bool:
+        """One step: every instruction in order.
+
+        ``check`` is asked before the first W; when it denies, the step is void: only its messages are still exchanged,
+        so that all ranks come to its end, and False is returned. All ranks must be given the same answer.
+        """
         self.runs += 1
-        clock[0] = perf_counter()
-        for i, call in enumerate(self.calls):
-            self.at = i
-            call()
-            clock[i + 1] = perf_counter()
+        self.clock[0] = perf_counter()
+        self._walk(range(self.turning))
+        valid = check is None or check()
+        rest = range(self.turning, len(self.calls))
+        self._walk(rest if valid else [i for i in rest if self.instructions[i].slot is not None])
         self.at = -1
+        return valid
 
-    @property
-    def loss(self) -> float:
-        """Sum of the microbatch losses in microbatch order; 0.0 on ranks without the loss."""
-        return float(sum(float(view[0]) for view in self.losses))
+    def _walk(self, numbers: Iterable[int]) -> None:
+        clock, calls = self.clock, self.calls
+        for i in numbers:
+            self.at = i
+            calls[i]()
+            clock[i + 1] = perf_counter()
 
-    @property
-    def busy(self) -> float:
-        """Seconds the last run spent in F, B and W."""
-        return float(np.diff(self.clock)[self.compute].sum())
+    def loss(self, stages: range) -> float:
+        """Sum of the losses of one copy of the model, in microbatch order; 0.0 where its loss is not here."""
+        return float(sum(float(view[0]) for stage, view in self.losses if stage in stages))
+
+    def parts(self) -> np.ndarray:
+        """Where the seconds of the last run went: the first five of PARTS."""
+        return self.account.parts(self.clock, self.released)
 
     def events(self, origin: float = 0.0) -> list[Event]:
-        """The last run's compute, in seconds since ``origin``."""
+        """The last run's compute, in seconds since ``origin`` of this rank's clock."""
         return [
             Event(self.program.rank, Op(i.kind, i.stage, i.micro), float(t0) - origin, float(t1) - origin)
             for i, t0, t1 in zip(self.instructions, self.clock[:-1], self.clock[1:], strict=True)

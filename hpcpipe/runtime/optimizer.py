@@ -7,7 +7,7 @@ comes from one kernel on one rank, and the terms are added in the order of their
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,23 +33,37 @@ def learning_rate(step: int, optimizer: OptimizerConfig, train: TrainConfig) -> 
 
 
 class AdamW:
-    """The optimizer of one rank. ``names`` is the order of all owned parameters of the model, the same on all ranks."""
+    """The optimizer of one rank. ``names`` is the order of all owned parameters of the model, the same on all ranks.
 
-    def __init__(self, executor: Executor, params: Parameters, config: OptimizerConfig, names: Sequence[str]) -> None:
+    ``counted`` are those whose squares this rank tells (None: all but tied copies, which hold their owner's gradient):
+    each name is told once, however many copies of the model there are.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        params: Parameters,
+        config: OptimizerConfig,
+        names: Sequence[str],
+        counted: Collection[str] | None = None,
+    ) -> None:
         self.executor, self.config = executor, config
         self.hyper = executor.array("SCALAR", 0, (HYPER,), "d")
         self._bases = executor.bases()
         self._norms = self._compile(_norm_calls(params))
-        self._update = self._compile(_update_calls(params, config.weight_decay))
+        self._whole, self._try, self._keep = (
+            self._compile(_update_calls(params, config.weight_decay, kernel)) for kernel in UPDATES
+        )
         self._sums = executor.array("SCALAR", 8 * HYPER, (len(params.owned),), "d")
-        # a copy of a tied tensor holds the same gradient as its owner: counted once, by the owner's rank
-        mine = [name for name in params.owned if name not in params.tied]
+        mine = [n for n in params.owned if (n not in params.tied if counted is None else n in counted)]
         self._index = np.array([names.index(name) for name in mine], np.intp)
         self._mine = np.array([params.owned.index(name) for name in mine], np.intp)
+        self._values = executor.array("PARAM", 0, (params.size,))
+        self._before = executor.array("BEFORE", 0, (params.size,)) if executor.memory.resident["BEFORE"][1] else None
 
     def squares(self, into: np.ndarray) -> None:
         """Writes Σ g² of this rank's own parameters to their places in ``into`` (float64, one per name)."""
-        self.executor.backend.run(self._norms, self.executor.arena, self._bases, self.executor.memory.work)
+        self._run(self._norms)
         into[self._index] = self._sums[self._mine]
 
     def scale(self, squares: np.ndarray) -> tuple[float, float]:
@@ -60,9 +74,31 @@ class AdamW:
 
     def update(self, step: int, lr: float, scale: float) -> None:
         """p, m, v <- AdamW; the gradient is cleared. ``step`` counts from 0."""
+        self._set(step, lr, scale)
+        self._run(self._whole)
+
+    # The same in two halves: the new values before the norm is known, on the guess that nothing is clipped; then, when
+    # it is known, the rest, or everything back. Needs memory for the old values (region BEFORE).
+
+    def guess(self, step: int, lr: float) -> None:
+        """p <- AdamW as if nothing were clipped; moments and gradient stay."""
+        self._set(step, lr, 1.0)
+        self._run(self._try)
+
+    def keep(self) -> None:
+        """The guess was right: m, v <- AdamW, the gradient is cleared. ``update`` is then done, bit for bit."""
+        self._run(self._keep)
+
+    def take_back(self) -> None:
+        """The guess was wrong: p is again what it was before it."""
+        self._values[...] = self._before
+
+    def _set(self, step: int, lr: float, scale: float) -> None:
         c = self.config
         self.hyper[:] = (lr, c.beta1, c.beta2, c.eps, 1 - c.beta1 ** (step + 1), 1 - c.beta2 ** (step + 1), scale, 0)
-        self.executor.backend.run(self._update, self.executor.arena, self._bases, self.executor.memory.work)
+
+    def _run(self, handle: Any) -> None:
+        self.executor.backend.run(handle, self.executor.arena, self._bases, self.executor.memory.work)
 
     def _compile(self, placed: list[tuple[Call, dict[int, tuple[str, int]]]]) -> Any:
         """Compiles calls whose tensors carry unique numbers; places are (region, bytes or elements of r)."""
@@ -86,14 +122,24 @@ def _norm_calls(params: Parameters) -> list[tuple[Call, dict[int, tuple[str, int
     return calls
 
 
-def _update_calls(params: Parameters, weight_decay: float) -> list[tuple[Call, dict[int, tuple[str, int]]]]:
-    calls = []
+# Kernel -> its buffers; the first ones are regions.
+UPDATES = {
+    "adamw_step": ("PARAM", "GRAD", "MOMENT1", "MOMENT2"),
+    "adamw_try": ("BEFORE", "PARAM", "GRAD", "MOMENT1", "MOMENT2"),
+    "adamw_keep": ("GRAD", "MOMENT1", "MOMENT2"),
+}
+
+
+def _update_calls(
+    params: Parameters, weight_decay: float, kernel: str
+) -> list[tuple[Call, dict[int, tuple[str, int]]]]:
+    calls, regions = [], UPDATES[kernel]
     groups = [(s, e, weight_decay) for s, e, _ in params.stage.values()]
     groups += [(e, t, 0.0) for _, e, t in params.stage.values()]
     for i, (start, end, decay) in enumerate(group for group in groups if group[1] > group[0]):
-        n, first = end - start, 5 * i
-        buffers = (*(Tensor(first + j, (n,)) for j in range(4)), Tensor(first + 4, (HYPER,), "d"))
-        regions = ("PARAM", "GRAD", "MOMENT1", "MOMENT2")
-        places = {first + j: (region, start) for j, region in enumerate(regions)} | {first + 4: ("SCALAR", 0)}
-        calls.append((Call("adamw_step", buffers, (n,), (decay,)), places))
+        n, first = end - start, (len(regions) + 1) * i
+        hyper = Tensor(first + len(regions), (HYPER,), "d")
+        buffers = (*(Tensor(first + j, (n,)) for j in range(len(regions))), hyper)
+        places = {first + j: (region, start) for j, region in enumerate(regions)} | {hyper.id: ("SCALAR", 0)}
+        calls.append((Call(kernel, buffers, (n,), (decay,) if kernel != "adamw_keep" else ()), places))
     return calls

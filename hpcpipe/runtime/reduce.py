@@ -1,18 +1,18 @@
-"""Gradient sums between ranks, in an order that is ours: over replicas, and between the two copies of a tied embedding.
+"""Gradient sums between ranks, in an order that is ours: over copies of the model, and between the two ends of a tie.
 
-MPI may add in any order; here each replica's share of a bucket is gathered and added by our own kernel in replica order
-0, 1, …, so the sum is the same bits on every run and under every MPI. Between tied copies there are two terms only.
+MPI may add in any order; here each copy's share of a bucket is gathered and added by our own kernel in the order of
+the copies 0, 1, …, so the sum is the same bits on every run and under every MPI. Tied ends are two terms only.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hpcpipe.backends.null import Call, Tensor
 from hpcpipe.comm.link import Link
-from hpcpipe.runtime.arena import BUCKET, INDEX, Parameters
+from hpcpipe.runtime.arena import BUCKET, INDEX, Parameters, align
 from hpcpipe.runtime.executor import Executor
 
 
@@ -23,23 +23,25 @@ def buckets(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 class Reducer:
-    """Sums gradients in place. ``replicas`` joins the ranks that hold the same stages, or is None when there is one."""
+    """Sums gradients in place. ``copies[stage]`` joins the ranks that hold a stage's copies, in the order of these."""
 
-    def __init__(self, executor: Executor, params: Parameters, replicas: Link | None) -> None:
-        self.executor, self.params, self.replicas = executor, params, replicas
+    def __init__(self, executor: Executor, params: Parameters, copies: Mapping[int, Link]) -> None:
+        self.executor, self.params, self.copies = executor, params, copies
         self._bases = executor.bases()
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def stage(self, index: int) -> None:
-        """Sums one stage's gradients over the replicas."""
-        if self.replicas is not None:
+        """Sums one stage's gradients over the copies of the model."""
+        if index in self.copies:
             start, _, end = self.params.stage[index]
-            self._over_replicas(start, end)
+            self._over_copies(self.copies[index], start, end)
 
-    def tied_copies(self) -> None:
-        """Sums, over the replicas, the gradients of copies that live on their owner's rank, behind the stages' own."""
-        if self.replicas is not None and self.params.grad_size > self.params.size:
-            self._over_replicas(self.params.size, self.params.grad_size)
+    def tied(self, name: str, index: int) -> None:
+        """Sums, over the copies of the model, a tied gradient that lies beside its owner's, behind the stages' own."""
+        if index in self.copies and self.params.grad[name] >= self.params.size:
+            start, unit = self.params.grad[name], 16 * self.copies[index].size
+            size = align(align(math.prod(self.params.shapes[name]), 16), unit)
+            self._over_copies(self.copies[index], start, start + size)
 
     def tie(self, copy: str, peer: int) -> None:
         """Adds the other copy's gradient to ours; ``peer`` is its rank, our own rank where both copies are here."""
@@ -55,10 +57,8 @@ class Reducer:
             self.executor.link.sendrecv(self._view("GRAD", at, n), self._view("SCRATCH", 0, n), peer)
             self._accumulate(("GRAD", at), ("SCRATCH", 0), n)
 
-    def _over_replicas(self, start: int, end: int) -> None:
-        """Everybody sends each replica its share of a bucket, adds up its own, and the sums go back to all."""
-        link = self.replicas
-        assert link is not None
+    def _over_copies(self, link: Link, start: int, end: int) -> None:
+        """Everybody sends each other its share of a bucket, adds up its own, and the sums go back to all."""
         unit = 16 * link.size  # a stage's share of the flat buffer is a multiple of this
         for at, n in buckets(start, end, max(BUCKET // unit, 1) * unit):
             share = n // link.size

@@ -75,6 +75,16 @@ def foreign_offences(path: str, source: str, standard: frozenset[str]) -> Iterat
             yield f"{path}:{line} imports {module}, but this room is pure: standard library only"
 
 
+def table_offences(path: str, source: str, tables: Sequence[str]) -> Iterator[str]:
+    """Among pure rooms those with ``tables`` know numpy, and of it arrays and their types: no random, no linalg."""
+    for module, name, line, _ in imports(source):
+        if module.split(".")[0] == "numpy":
+            if not path.startswith(tuple(tables)):
+                yield f"{path}:{line} imports {module}, but of the pure rooms only {', '.join(tables)} has tables"
+            elif name or module not in ("numpy", "numpy.typing"):
+                yield f"{path}:{line} imports more of numpy than arrays and their types; write import numpy as np"
+
+
 def relative_offences(path: str, source: str) -> Iterator[str]:
     """Imports are written in full, so that a search for a room finds who uses it."""
     for module, _, line, _ in imports(source):

@@ -21,6 +21,10 @@ def of(rule, *arguments):
     return lambda source: rule("x.py", source, *arguments)
 
 
+def table(source, path="hpcpipe/schedule/program.py"):
+    return rules.table_offences(path, source, ("hpcpipe/schedule/",))
+
+
 CASES = [
     (door, "def f():\n    import h5py", "import numpy"),
     (door, "from cupy.cuda import nvrtc", "import math"),
@@ -30,6 +34,9 @@ CASES = [
         "if x:\n    import numpy.random",
         "import math\nfrom hpcpipe import model",
     ),
+    (table, "import numpy.random", "import numpy as np\nimport numpy.typing as npt\nimport math"),
+    (table, "from numpy import linalg", "import numpy"),
+    (of(rules.table_offences, ("hpcpipe/schedule/",)), "def f():\n    import numpy", "import math"),
     (of(rules.relative_offences), "from . import arena", "from hpcpipe.runtime import arena"),
     (of(rules.export_offences), '"""Why."""\nfrom hpcpipe.config import load', '"""Why."""'),
     (of(rules.length_offences, 5, 60), LONG, "x = 1\n"),

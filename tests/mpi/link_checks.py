@@ -10,10 +10,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
+from hpcpipe.comm import clock
 from hpcpipe.comm.link import Channel, JobError, Link
 
 SIZES = (0, 1, 1000, 40_000, 300_000)  # float64s: nothing, eager, rendezvous
@@ -157,6 +159,62 @@ def sums_are_sums(link: Link) -> None:
     assert np.array_equal(terms, [pattern(1, rank)[0] for rank in range(link.size)])
 
 
+def sums_under_way_are_sums(link: Link) -> None:
+    """Several in a row, each started before anybody waits, with messages between start and wait."""
+    peer, got = link.rank ^ 1, np.zeros(3000)
+    for round in range(4):
+        for n in (1, 7, 5000):
+            array = np.arange(n, dtype=np.float64) * (link.rank + 1) + round
+            total = link.start_allreduce(array)
+            if peer < link.size:
+                link.sendrecv(pattern(3000, link.rank, round, n), got, peer)
+                assert np.array_equal(got, pattern(3000, peer, round, n))
+            total.wait()
+            assert np.array_equal(array, np.arange(n) * (link.size * (link.size + 1) / 2) + round * link.size)
+
+
+def a_sum_under_way_waits_for_the_last(link: Link) -> None:
+    """A rank that comes late holds up who waits, not who starts: the others are at a barrier by then."""
+    array = np.full(10, 2.0**link.rank)
+    if link.rank == link.size - 1 and link.size > 1:
+        link.barrier()  # all others have started theirs
+    total = link.start_allreduce(array)
+    if link.rank < link.size - 1:
+        link.barrier()
+    terms = np.zeros(link.size)
+    terms[link.rank] = pattern(1, link.rank)[0]
+    total.wait()
+    assert (array == 2.0**link.size - 1).all()
+    again = link.start_allreduce(terms)
+    again.wait()
+    assert np.array_equal(terms, [pattern(1, rank)[0] for rank in range(link.size)])
+
+
+def one_host_has_one_clock(link: Link) -> None:
+    if len(set(link.bcast(link.gather(link.hostname)))) == 1:
+        assert clock.shift(link) == 0.0
+
+
+def hosts_learn_how_far_their_clocks_are_apart(link: Link) -> None:
+    """As if each rank were a host: on one machine the clock is the same, and the asking must find that."""
+    link.barrier()
+    told = link.gather(clock.shift(Apart(link)))
+    if told is not None:
+        assert told[0] == 0.0
+        assert max(map(abs, told)) < 0.5  # half of an answer's way; a busy machine answers late
+        assert link.size == 1 or any(told)  # it has asked
+
+
+class Apart:
+    """A link whose ranks say that they are on a host each."""
+
+    def __init__(self, link: Link) -> None:
+        self.link, self.hostname = link, f"host{link.rank}"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.link, name)
+
+
 def chunks_go_where_they_belong(link: Link) -> None:
     for n in (1, 1000, 20_000):
         send = np.concatenate([pattern(n, link.rank, to) for to in range(link.size)])
@@ -258,6 +316,10 @@ CHECKS: tuple[Callable[[Link], None], ...] = (
     nothing_is_allocated_per_use,
     neighbours_swap,
     sums_are_sums,
+    sums_under_way_are_sums,
+    a_sum_under_way_waits_for_the_last,
+    one_host_has_one_clock,
+    hosts_learn_how_far_their_clocks_are_apart,
     chunks_go_where_they_belong,
     objects_arrive_as_copies,
     groups_are_links_of_their_members,

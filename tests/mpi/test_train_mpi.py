@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,52 @@ def test_ranks_give_the_bits_of_one_process(
     assert many.tensors == ones[model].tensors
 
 
+DEEP = {"model__layers": 6, "train__batch": 16, "train__steps": 8, "optimizer__clip": 0.9}
+
+
+@pytest.fixture(scope="module")
+def deep(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Result]:
+    """A deeper model, trained by one process for each of its copies; some steps are clipped and some are not."""
+    folder = tmp_path_factory.mktemp("deep")
+
+    @cache
+    def one(model: str, copies: int) -> Result:
+        found = run(data, folder / f"{model}{copies}", copies, model, pipeline__replicas=copies, **DEEP)
+        norms = [m["grad_norm"] for m in found.metrics]
+        assert min(norms) < DEEP["optimizer__clip"] < max(norms)
+        return found
+
+    return one
+
+
+@MPIS
+@pytest.mark.parametrize("model", ["llama", "untied"])
+@pytest.mark.parametrize(
+    ("ranks", "schedule", "early"),
+    [
+        (2, "interleaved", False), (4, "interleaved", True), (2, "zb_v", True), (4, "zb_v", True),
+        (2, "dualpipe", True), (4, "dualpipe", False),
+    ],
+)  # fmt: skip
+def test_other_schedules_give_the_bits_of_one_process(
+    which, model: str, ranks: int, schedule: str, early: bool, deep: Callable[[str, int], Result], data: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    one = deep(model, 2 if schedule == "dualpipe" else 1)
+    config = write_run(data, tmp_path, model, pipeline__schedule=schedule, optimizer__early=early, **DEEP)
+    many = ended_well(launch.run(which(), ranks, (*PROGRAM, config), timeout=120), tmp_path)
+    assert many.losses == one.losses and many.tensors == one.tensors
+    assert [m["grad_norm"] for m in many.metrics] == [m["grad_norm"] for m in one.metrics]
+
+
+@MPIS
+def test_bidirectional_pipelines_times_data_parallel(which, data: Path, tmp_path: Path) -> None:
+    settings = DEEP | {"pipeline__replicas": 2, "pipeline__schedule": "dualpipe", "optimizer__early": True}
+    many = ended_well(launch.run(which(), 4, (*PROGRAM, write_run(data, tmp_path, **settings)), timeout=120), tmp_path)
+    one = run(data, tmp_path / "one", 4, "llama", **DEEP, pipeline__replicas=4)
+    assert many.losses == one.losses and many.tensors == one.tensors
+
+
 def test_over_tcp_the_bits_are_the_same(ones: dict[str, Result], data: Path, tmp_path: Path) -> None:
     here = launch.first()
     options = ("--mca", "btl", "self,tcp") if here.is_open_mpi else ()
@@ -109,6 +157,9 @@ def test_what_is_wrong_with_a_config_is_said_once(data: Path, tmp_path: Path) ->
         "train.steps=many": ("expected a whole number",),
         "pipeline.replicas=2": ("3 ranks cannot be laid out",),
         "pipeline.cut=[1,1]": ("2 stages", "3 ranks"),
+        "pipeline.cut=[1,1,1]": ("must list 3 numbers", "sum to 4 slots"),
+        "pipeline.schedule=1f1": ("pipeline.schedule is 1f1", "did you mean 1f1b?"),
+        "pipeline.schedule=dualpipe": ("which 3 ranks cannot", "use 4 or 2"),
         "model.heads=5": ("does not divide",),
         "model.layers=0": ("model.layers must be 1 or more",),
         "data.path=nowhere": ("nowhere does not exist", "hpcpipe prepare"),
@@ -193,10 +244,20 @@ def test_evaluation_with_replicas(which, data: Path, tmp_path: Path) -> None:
 
 
 @MPIS
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1], ids=["SIGINT", "SIGUSR1"])
-def test_a_signal_saves_and_ends_the_run(which, number: int, data: Path, tmp_path: Path) -> None:
-    here = which()
-    config = write_run(data, tmp_path, train__steps=100000, optimizer__schedule="wsd", optimizer__decay_steps=1)
+@pytest.mark.parametrize(
+    ("number", "layout"),
+    [
+        (signal.SIGINT, {}),
+        (signal.SIGUSR1, {}),
+        (signal.SIGUSR1, {"pipeline__schedule": "zb_v", "optimizer__early": True}),
+    ],
+    ids=["SIGINT", "SIGUSR1", "SIGUSR1 early"],
+)
+def test_a_signal_saves_and_ends_the_run(
+    which, number: int, layout: dict[str, object], data: Path, tmp_path: Path
+) -> None:
+    here, wsd = which(), {"optimizer__schedule": "wsd", "optimizer__decay_steps": 1}
+    config = write_run(data, tmp_path, train__steps=100000, **wsd, **layout)
     process = launch.start(here, 2, (*PROGRAM, config))
     _until_step(process, tmp_path, 5)
     for rank in launch.ranks(process, PROGRAM):
@@ -210,15 +271,7 @@ def test_a_signal_saves_and_ends_the_run(which, number: int, data: Path, tmp_pat
     # and the next start goes on from there, with the bits of a run that was never stopped
     more = ("--set", f"train.steps={steps + 3}", "--set", "optimizer.decay_steps=1")
     on = ended_well(launch.run(here, 2, (*PROGRAM, config, *more)), tmp_path)
-    whole = run(
-        data,
-        tmp_path / "whole",
-        1,
-        "llama",
-        train__steps=steps + 3,
-        optimizer__schedule="wsd",
-        optimizer__decay_steps=1,
-    )
+    whole = run(data, tmp_path / "whole", 1, "llama", train__steps=steps + 3, **wsd)
     assert on.losses == whole.losses and on.tensors == whole.tensors
 
 

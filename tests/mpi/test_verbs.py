@@ -70,6 +70,9 @@ def test_from_text_to_text(tmp_path: Path) -> None:
     steps = [m for m in metrics if "loss" in m]
     assert [m["step"] for m in steps] == list(range(1, 31))
     assert {"grad_norm", "tokens_per_s", "flops_per_s", "bubble", "lr", "tokens"} <= steps[0].keys()
+    assert {"parts", "predicted_seconds", "predicted_bubble", "worst_wait"} <= steps[0].keys()
+    assert all(sum(m["parts"].values()) == pytest.approx(m["seconds"]) for m in steps)
+    assert "a step: predicted " in trained.out and "its time: compute " in trained.out
     losses = [m["validation_loss"] for m in metrics if "validation_loss" in m]
     assert len(losses) == 3 and losses[-1] < losses[0] * 2 / 3
     assert json.loads((out / "done.json").read_text())["steps"] == 30
@@ -77,6 +80,7 @@ def test_from_text_to_text(tmp_path: Path) -> None:
     assert "whole: every byte" in hpcpipe("inspect", str(out))
     assert json.loads(hpcpipe("inspect", str(out), "--json"))
     assert "bubble" in hpcpipe("inspect", str(out / "timeline.jsonl"))
+    assert "bubble" in hpcpipe("inspect", str(out / "predicted.jsonl"))
     text = hpcpipe("generate", str(out), "--prompt", "def a(x):", "--tokens", "30")
     assert text.startswith("def a(x):") and "return" in text
     assert text == hpcpipe("generate", str(out), "--prompt", "def a(x):", "--tokens", "30")

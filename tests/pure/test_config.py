@@ -82,12 +82,19 @@ def test_values_arrive_in_their_types() -> None:
         ("seed = 9223372036854775808", "seed is 9223372036854775808, expected a number between"),
         ("seed = -1", "seed is -1, expected 0 or more"),
         (
-            '[pipeline]\nschedule = "1f1"',
-            'schedule is the text "1f1", expected 1f1b or gpipe; did you mean 1f1b?',
+            '[optimizer]\nschedule = "cosin"',
+            'schedule is the text "cosin", expected cosine or wsd; did you mean cosine?',
         ),
+        ("[pipeline]\nschedule = 1", "pipeline.schedule is 1, expected a text"),
+        ("[pipeline]\ngroup = -1", "pipeline.group is -1, expected 0 or more"),
+        ("[pipeline]\nmemory = -0.5", "pipeline.memory is -0.5, expected 0 or more"),
+        ("[optimizer]\nearly = 1", "optimizer.early is 1, expected true or false"),
         ('[model]\nfamily = "rnn"', 'model.family is the text "rnn", expected llama or gpt2'),
         ('[device]\nbackend = "gpu"', 'device.backend is the text "gpu", expected cpu or reference'),
-        ('[pipeline]\ncut = "evn"', 'pipeline.cut is the text "evn", expected auto or even; did you mean even?'),
+        (
+            '[pipeline]\ncut = "evn"',
+            'pipeline.cut is the text "evn", expected auto or measured or even; did you mean even?',
+        ),
         ("[pipeline]\ncut = [1, 0]", "pipeline.cut is the list [1, 0], expected whole numbers of 1 or more"),
         ("[pipeline]\ncut = []", "pipeline.cut is the list [], expected whole numbers"),
         ("[pipeline]\ncut = 3", "pipeline.cut is 3, expected a text or a list of whole numbers"),
@@ -222,17 +229,22 @@ def test_the_digest_sees_everything_and_the_results_digest_what_matters() -> Non
     texts = ("", "seed = 1", 'out = "b"', "[model]\ntied = true", "[model]\ntied = false", "[model]\neps=1e-6")
     assert len({digest(loads(text)) for text in texts}) == len(texts)
     same = loads('out = "b"\n[train]\nlog_every = 1\n[pipeline]\nschedule = "gpipe"\nstages = 2\n[eval]\nevery = 5')
+    same = dataclasses.replace(same, optimizer=dataclasses.replace(same.optimizer, early=True))
     assert results_digest(same) == results_digest(base) and digest(same) != digest(base)
     for text in ("seed = 1", "[optimizer]\neps = 1e-6", "[model]\neps = 1e-6", "[train]\nbatch = 64"):
         assert results_digest(loads(text)) != results_digest(base)
 
 
 def test_which_settings_leave_the_result_alone() -> None:
-    """Neither how often something is looked at, nor where it runs; replicas and kernels do round differently."""
+    """Neither how often something is looked at, nor where it runs; kernels do round differently.
+
+    Copies of the model do too, but their number follows from the layout and is compared by itself.
+    """
     same = {name for name, key in SCHEMA.keys.items() if not key.limits.result}
     assert same == {
         *("out", "train.log_every", "eval.every", "eval.microbatches", "checkpoint.every", "checkpoint.keep"),
-        *("pipeline.stages", "pipeline.schedule", "pipeline.cut", "pipeline.timeout", "device.threads"),
+        *("pipeline.ranks", "pipeline.replicas", "pipeline.schedule", "pipeline.stages", "pipeline.group"),
+        *("pipeline.cut", "pipeline.memory", "pipeline.timeout", "optimizer.early", "device.threads"),
     }
 
 
@@ -244,36 +256,39 @@ def test_every_key_has_its_meaning_in_a_written_file() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stages", "replicas", "cut", "ranks", "expected"),
+    ("ranks", "replicas", "cut", "total", "expected"),
     [
         (0, 1, "auto", 8, (8, 1)),
         (0, 0, "auto", 8, (8, 1)),
         (2, 0, "auto", 8, (2, 4)),
         (0, 4, "auto", 8, (2, 4)),
         (2, 4, "auto", 8, (2, 4)),
-        (0, 0, (1, 1, 2, 1), 8, (4, 2)),
+        (4, 0, (1, 1, 2, 1), 8, (4, 2)),
+        (0, 0, (1, 1, 2, 1), 8, (8, 1)),  # a cut is of stages, of which a rank may have several
         (1, 1, "even", 1, (1, 1)),
     ],
 )
-def test_ranks_become_stages_and_replicas(
-    stages: int, replicas: int, cut: Any, ranks: int, expected: tuple[int, int]
+def test_all_ranks_become_pipelines_and_replicas(
+    ranks: int, replicas: int, cut: Any, total: int, expected: tuple[int, int]
 ) -> None:
-    assert grid(PipelineConfig(stages=stages, replicas=replicas, cut=cut), ranks) == expected
+    for stages in (0, 5):
+        assert grid(PipelineConfig(ranks=ranks, replicas=replicas, cut=cut, stages=stages), total) == expected
 
 
 @pytest.mark.parametrize(
-    ("stages", "replicas", "ranks", "sentence"),
+    ("ranks", "replicas", "total", "sentence"),
     [
-        (3, 1, 8, "8 ranks cannot be laid out as 3 stages and 1 replica; start 3 ranks"),
-        (3, 0, 8, "8 ranks cannot be laid out as 3 stages; start a multiple of 3 ranks"),
+        (3, 1, 8, "8 ranks cannot be laid out as 3 pipeline ranks and 1 replica; start 3 ranks"),
+        (3, 0, 8, "8 ranks cannot be laid out as 3 pipeline ranks; start a multiple of 3 ranks"),
         (0, 3, 8, "8 ranks cannot be laid out as 3 replicas; start a multiple of 3 ranks"),
-        (2, 3, 1, "1 rank cannot be laid out as 2 stages and 3 replicas; start 6 ranks"),
+        (2, 3, 1, "1 rank cannot be laid out as 2 pipeline ranks and 3 replicas; start 6 ranks"),
         (0, 9, 8, "start a multiple of 9 ranks"),
+        (3, 1, 8, "or change pipeline.ranks or pipeline.replicas"),
     ],
 )
-def test_ranks_that_do_not_divide(stages: int, replicas: int, ranks: int, sentence: str) -> None:
+def test_ranks_that_do_not_divide(ranks: int, replicas: int, total: int, sentence: str) -> None:
     with pytest.raises(UserError) as caught:
-        grid(PipelineConfig(stages=stages, replicas=replicas), ranks)
+        grid(PipelineConfig(ranks=ranks, replicas=replicas), total)
     assert sentence in str(caught.value)
 
 

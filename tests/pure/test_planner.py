@@ -1,19 +1,16 @@
-"""The plan: the cut is the best one, the numbers of every table agree, and what is planned is what is allocated."""
+"""The plan: the numbers of every table agree, and what is planned is what is allocated."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from itertools import combinations, pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from hpcpipe import model
 from hpcpipe.backends.cpu import CpuBackend
@@ -23,72 +20,14 @@ from hpcpipe.comm.local import LocalWorld
 from hpcpipe.config import ModelConfig, UserError, loads
 from hpcpipe.planner import describe
 from hpcpipe.planner.costs import Cost, Device, price
-from hpcpipe.planner.cut import balanced, bounds
 from hpcpipe.planner.plan import plan, resolve
 from hpcpipe.runtime.arena import align
+from hpcpipe.schedule import families
 from hpcpipe.schedule.timeline import Timeline
 from small_plan import configured, executor_of, planned
 from small_run import MODELS, VOCAB, run_toml, write_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-# --- the cut
-
-
-def parts(costs: list[int], edges: tuple[int, ...]) -> list[int]:
-    return [sum(costs[a:b]) for a, b in pairwise(edges)]
-
-
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.data())
-def test_auto_is_the_best_cut(costs: list[int], data: st.DataObject) -> None:
-    stages = data.draw(st.integers(1, len(costs)))
-    found = bounds("auto", costs, stages)
-    every = [(0, *inner, len(costs)) for inner in combinations(range(1, len(costs)), stages - 1)]
-    best = min(max(parts(costs, edges)) for edges in every)
-    assert found in every
-    assert max(parts(costs, found)) == best
-    # Of equals, the one whose last stage starts first: a late stage holds fewer microbatches, so it may hold more.
-    assert found[-2] == min(edges[-2] for edges in every if max(parts(costs, edges)) == best)
-
-
-@given(st.integers(1, 30), st.data())
-def test_even_counts_slots(slots: int, data: st.DataObject) -> None:
-    stages = data.draw(st.integers(1, slots))
-    costs = data.draw(st.lists(st.floats(0, 1e6), min_size=slots, max_size=slots))
-    sizes = [b - a for a, b in pairwise(bounds("even", costs, stages))]
-    assert sum(sizes) == slots and len(sizes) == stages
-    assert min(sizes) >= 1 and max(sizes) == -(-slots // stages)
-
-
-def test_a_listed_cut_is_taken_as_it_is() -> None:
-    assert bounds([1, 3, 2], [5.0] * 6, 3) == (0, 1, 4, 6)
-    assert bounds((6,), [5.0] * 6, 1) == (0, 6)
-
-
-def test_one_expensive_slot_stands_alone() -> None:
-    assert balanced([1.0, 1.0, 9.0, 1.0], 3) == (0, 2, 3, 4)
-
-
-def test_more_stages_than_slots_is_a_sentence() -> None:
-    with pytest.raises(
-        UserError, match=r"^pipeline: 5 stages for a model of 4 slots \(embedding, 2 layers, head\); use pipel"
-    ):
-        bounds("auto", [1.0] * 4, 5)
-
-
-@pytest.mark.parametrize(
-    ("cut", "stages", "told"),
-    [
-        ([1, 2], 2, r"\[1, 2\] must list 2 numbers >= 1 that sum to 4 slots .*; it lists 2 that sum to 3"),
-        ([1, 1, 2], 2, r"must list 2 numbers .*; it lists 3 that sum to 4"),
-        ([4, 0], 2, r"\[4, 0\] must list 2 numbers >= 1"),
-        ([5, -1], 2, r"\[5, -1\] must list 2 numbers >= 1"),
-    ],
-)
-def test_a_listed_cut_that_does_not_fit_is_a_sentence(cut: list[int], stages: int, told: str) -> None:
-    with pytest.raises(UserError, match=rf"^pipeline\.cut = .*{told}"):
-        bounds(cut, [1.0] * 4, stages)
 
 
 # --- the price
@@ -162,6 +101,10 @@ def test_a_step_has_the_same_flops_on_every_layout(name: str, recompute: str) ->
         planned(name, ranks, pipeline__replicas=replicas, train__recompute=recompute).flops
         for ranks, replicas in ((1, 1), (2, 1), (3, 1), (4, 1), (2, 2), (4, 2), (9, 3))
     }
+    found |= {
+        planned(name, 2, pipeline__schedule=schedule, train__recompute=recompute).flops
+        for schedule in ("interleaved", "zb_v", "dualpipe")
+    }
     assert len(found) == 1
     p = planned(name)
     exact = model.model_flops_per_token(p.config.model, p.config.train.length) * p.tokens
@@ -184,6 +127,8 @@ def test_another_cut_or_schedule_is_another_plan() -> None:
     settings: list[dict[str, Any]] = [
         {"pipeline__cut": [2, 2]}, {"pipeline__cut": [1, 3]}, {"pipeline__cut": [3, 1]},
         {"pipeline__cut": [2, 2], "pipeline__schedule": "gpipe"}, {"pipeline__cut": [2, 2], "train__batch": 16},
+        {"pipeline__cut": [2, 2], "pipeline__schedule": "zb_h1"}, {"pipeline__stages": 4},
+        {"pipeline__schedule": "interleaved"}, {"pipeline__schedule": "interleaved", "pipeline__group": 3},
     ]  # fmt: skip
     assert len({planned("gpt2", 2, **s).digest for s in settings}) == len(settings)
 
@@ -224,6 +169,103 @@ def test_ranks_that_do_not_fit_are_a_sentence() -> None:
         planned("llama", 3, pipeline__replicas=2)
     with pytest.raises(UserError, match=r"^pipeline: 5 stages for a model of 4 slots"):
         planned("llama", 5)
+
+
+# --- the schedule
+
+
+@pytest.mark.parametrize("name", families.SCHEDULES)
+def test_every_schedule_is_planned_by_its_name(name: str) -> None:
+    p = planned("gpt2", 2, pipeline__schedule=name)
+    assert p.schedule.name == name and len(p.ranks) == 2 and p.copies == families.SCHEDULES[name].chains
+    assert len(p.stages) == families.default_stages(name, 2) and p.micros == 6 // p.copies
+    assert sorted(s for rank in p.ranks for s in rank.stages) == list(range(len(p.stages) * p.copies))
+    for i, rank in enumerate(p.ranks):
+        assert {p.schedule.placement[s] for s in rank.stages} == {i}
+    assert len(p.timeline.events) == 3 * p.micros * len(p.stages) * p.copies
+    twice = planned("gpt2", 4, pipeline__schedule=name, pipeline__replicas=2, train__batch=24)
+    assert twice.copies == 2 * p.copies and twice.flops == 2 * p.flops and twice.micros == p.micros
+
+
+def test_stages_of_the_model_are_named_or_listed() -> None:
+    for settings in ({"pipeline__stages": 3}, {"pipeline__cut": [2, 1, 1]}):
+        p = planned("gpt2", 2, **settings)
+        assert len(p.stages) == 3 and p.schedule.placement == (0, 0, 1)
+    assert planned("gpt2", 2, pipeline__schedule="interleaved").schedule.placement == (0, 1, 0, 1)
+    assert planned("gpt2", 2, pipeline__schedule="zb_v").schedule.placement == (0, 1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings", "sentence"),
+    [
+        (
+            2, {"schedule": "1f1"},
+            "zb_v, v_half, v_min, dualpipe_v, dualpipe, search or file:PATH; did you mean 1f1b?",
+        ),
+        (2, {"schedule": "1f1"}, "pipeline.schedule is 1f1, expected gpipe, 1f1b, interleaved, zb_h1, zb_h2, zb_v, "),
+        (2, {"schedule": "serch"}, "search or file:PATH; did you mean search?"),
+        (2, {"schedule": "qqqq"}, "search or file:PATH"),
+        (2, {"schedule": ""}, "pipeline.schedule is , expected gpipe, "),
+        (3, {"schedule": "dualpipe"}, "pipeline.schedule: dualpipe lets rank r and rank P-1-r serve the two copies"),
+        (2, {"schedule": "zb_v", "stages": 3}, "pipeline.schedule: zb_v has 2 stages on every rank: 2 ranks need 4"),
+        (3, {"cut": [2, 2]}, "pipeline.schedule: 2 stages cannot occupy 3 ranks"),
+        (3, {"cut": [1, 1]}, "2 stages cannot occupy 3 ranks; use at most 2 ranks or more stages"),
+        (3, {"schedule": "zb_v"}, "pipeline: 6 stages for a model of 4 slots"),
+        (2, {"group": 2}, "pipeline.schedule: 1f1b has no groups of microbatches"),
+        (2, {"schedule": "file:none.txt"}, "pipeline.schedule: none.txt cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_schedule_that_cannot_be_is_a_sentence(ranks: int, settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        planned("llama", ranks, **{f"pipeline__{key}": value for key, value in settings.items()})
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_copies_of_the_model_share_a_batch_as_replicas_do() -> None:
+    with pytest.raises(UserError, match=r"train\.batch = 12 sequences cannot be shared by 4 replicas"):
+        planned("gpt2", 4, pipeline__schedule="dualpipe", pipeline__replicas=2)
+    with pytest.raises(
+        UserError, match=r"^eval\.microbatches = 3 cannot be shared by 2 replicas; use a multiple of 2$"
+    ):
+        planned("gpt2", 2, pipeline__schedule="dualpipe", eval__every=5, eval__microbatches=3)
+
+
+@pytest.mark.parametrize("name", ["zb_v", "dualpipe"])
+def test_a_schedule_from_a_file(tmp_path: Path, name: str) -> None:
+    named = planned("gpt2", 2, pipeline__schedule=name)
+    file = tmp_path / "mine.txt"
+    file.write_text(str(named.schedule), encoding="utf-8")
+    given = planned("gpt2", 2, pipeline__schedule=f"file:{file}")
+    assert given.schedule == named.schedule and given.copies == named.copies
+    assert [r.memory for r in given.ranks] == [r.memory for r in named.ranks]
+    depth = named.schedule.depth
+    for settings, ranks, sentence in (
+        ({"train__batch": 24}, 2, f"has {named.micros} microbatches, the run has {2 * named.micros} per replica"),
+        ({}, 4, f"is for 2 ranks and {depth} stages, the run has 4 ranks; start as many, or make the file for them"),
+        ({"pipeline__stages": 3}, 2, f"is for 2 ranks and {depth} stages, the run has 2 ranks and 3 stages"),
+    ):
+        with pytest.raises(UserError) as caught:
+            planned("gpt2", ranks, pipeline__schedule=f"file:{file}", **settings)
+        assert sentence in str(caught.value)
+    file.write_text(str(named.schedule).replace("F0.0 ", "", 1), encoding="utf-8")
+    with pytest.raises(UserError, match=r"^pipeline\.schedule: .*F0\.0"):
+        planned("gpt2", 2, pipeline__schedule=f"file:{file}")
+
+
+def test_who_gains_by_it_guesses() -> None:
+    """Not where ranks wait for each other anyway, be it the schedule or a tie that crosses ranks; or as one wishes."""
+    for name, schedule, ranks, early in (
+        ("untied", "zb_h2", 2, True), ("untied", "dualpipe", 4, True), ("untied", "1f1b", 2, False),
+        ("untied", "gpipe", 4, False), ("llama", "zb_h2", 2, False), ("llama", "dualpipe", 4, False),
+        ("untied", "1f1b", 1, False),
+    ):  # fmt: skip
+        deep: dict[str, Any] = {"model__layers": 6, "train__batch": 24, "pipeline__schedule": schedule}
+        p = planned(name, ranks, **deep)
+        assert p.early == early, (name, schedule)
+        gains = families.period(p.timeline) < 0.99 * p.timeline.makespan
+        assert p.early == (gains and name == "untied")
+        for wish in (True, False):
+            assert planned(name, ranks, **deep, optimizer__early=wish).early == wish
 
 
 # --- memory
@@ -317,11 +359,12 @@ def test_describe_tells_the_numbers(tmp_path: Path) -> None:
 
 def test_describe_works_without_data_and_takes_the_ranks_from_the_config() -> None:
     config = loads(
-        run_toml(Path("nowhere"), Path("o"), "gpt2", model__vocab=300, pipeline__stages=2, pipeline__replicas=3)
+        run_toml(Path("nowhere"), Path("o"), "gpt2", model__vocab=300, pipeline__ranks=2, pipeline__replicas=3)
     )
     assert "2 stages x 3 replicas, " in describe.describe(config)
     listed = loads(run_toml(Path("nowhere"), Path("o"), "gpt2", model__vocab=300, pipeline__cut=[1, 2, 1]))
     assert "3 stages x 1 replicas, " in describe.describe(listed)
+    assert "rank 1" not in describe.describe(listed)  # a listed cut is of stages: they may share one rank
     with pytest.raises(UserError, match=r"model\.vocab is not set and there is no data"):
         describe.describe(loads(run_toml(Path("nowhere"), Path("o"), "gpt2")))
 

@@ -14,7 +14,7 @@ import pytest
 
 from hpcpipe import progress
 from hpcpipe.config import UserError
-from hpcpipe.progress import Progress, clock
+from hpcpipe.progress import RECENT, Progress, clock, duration
 
 STEP = {"loss": 3.25, "grad_norm": 0.5, "lr": 1e-3, "bubble": 0.25}
 KEYS = ["step", "loss", "grad_norm", "lr", "bubble", "tokens", "seconds", "tokens_per_s", "flops_per_s", "peak_share"]
@@ -102,6 +102,65 @@ def test_a_full_disk_costs_lines_and_is_told_once(tmp_path: Path, capsys: pytest
     out = capsys.readouterr().out
     assert out.count("cannot be written (No space left on device); the run goes on without it") == 1
     assert out.count("loss  3.2500") == 3
+
+
+# --- where the time went
+
+PARTS = {
+    "compute": 0.3,
+    "exposed": 0.04,
+    "warmup": 0.03,
+    "steady": 0.02,
+    "cooldown": 0.05,
+    "optimizer": 0.05,
+    "other": 0.01,
+}
+ACCOUNTED = STEP | {
+    "predicted_bubble": 0.125, "predicted_seconds": 0.4, "parts": PARTS,
+    "worst_wait": {"rank": 3, "op": "F2.7", "seconds": 0.0125},
+}  # fmt: skip
+
+
+def test_an_accounted_step_is_written_with_its_parts(tmp_path: Path) -> None:
+    told(tmp_path).step(1, 0.5, ACCOUNTED)
+    assert list(lines(tmp_path)[0]) == [*KEYS[:5], *list(ACCOUNTED)[4:], *KEYS[5:]]
+    assert lines(tmp_path)[0]["parts"] == PARTS and list(lines(tmp_path)[0]["parts"]) == list(PARTS)
+    assert lines(tmp_path)[0]["worst_wait"] == {"rank": 3, "op": "F2.7", "seconds": 0.0125}
+
+
+def test_the_account_is_of_the_last_steps(tmp_path: Path) -> None:
+    """Medians of what is compared, the worst of the waits, shares of all the time."""
+    p = told(tmp_path)
+    for step in range(1, 8):  # the first ones, which are slow, are forgotten by the end
+        p.step(step, 50.0, ACCOUNTED | {"bubble": 0.9, "worst_wait": {"rank": 0, "op": "B0.0", "seconds": 9.0}})
+    for i in range(RECENT):
+        waited = {"rank": i, "op": f"F1.{i}", "seconds": 1e-3 * (20 if i == 17 else 1)}
+        p.step(8 + i, 0.5 if i else 0.9, ACCOUNTED | {"worst_wait": waited})
+    comparison, shares = p.account()
+    assert comparison == (
+        "a step: predicted 400.0 ms, measured 500.0 ms (+25.0%), bubble 25.0% (predicted 12.5%); "
+        "worst wait: rank 17 for F1.17, 20.0 ms"
+    )
+    whole = 0.5 * (RECENT - 1) + 0.9
+    assert shares == "its time: " + ", ".join(f"{name} {RECENT * s / whole:.1%}" for name, s in PARTS.items())
+
+
+def test_there_is_no_account_of_what_was_not_accounted_for(tmp_path: Path) -> None:
+    p = told(tmp_path)
+    assert list(p.account()) == []
+    p.step(1, 0.5, STEP)
+    assert list(p.account()) == []
+    alone = {key: value for key, value in ACCOUNTED.items() if key != "worst_wait"}  # a rank that waits for nobody
+    p.step(2, 0.5, alone)
+    assert "worst wait" not in next(p.account())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.0, "0 us"), (25.4e-6, "25 us"), (0.001, "1.0 ms"), (0.4567, "456.7 ms"), (61.234, "61.23 s")],
+)
+def test_duration(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown
 
 
 # --- the completion record

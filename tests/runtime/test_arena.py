@@ -26,7 +26,12 @@ VARIANTS: list[dict[str, Any]] = [
     {"model__dropout": 0.1, "train__recompute": "block"},
     {"pipeline__replicas": 3, "train__batch": 12},
 ]
-CASES = [(name, stages, settings) for name in MODELS for stages in (1, 2, 3, 4) for settings in VARIANTS]
+CASES = [(name, ranks, settings) for name in MODELS for ranks in (1, 2, 3, 4) for settings in VARIANTS]
+CASES += [
+    (name, 2, {"pipeline__schedule": schedule, "optimizer__early": True})
+    for name in MODELS
+    for schedule in ("zb_h2", "zb_v", "dualpipe", "interleaved")
+]
 
 
 def told(case: object) -> str:
@@ -37,14 +42,14 @@ def told(case: object) -> str:
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda c: " ".join(map(told, c)))
 def case(request: pytest.FixtureRequest) -> Plan:
-    name, stages, settings = request.param
-    return planned(name, stages * settings.get("pipeline__replicas", 1), **settings)
+    name, ranks, settings = request.param
+    return planned(name, ranks * settings.get("pipeline__replicas", 1), **settings)
 
 
 def laid(p: Plan) -> Iterator[tuple[Recording, Layout, Parameters]]:
     for rank in p.ranks:
         for stage in rank.stages:
-            yield p.stages[stage].recording, rank.layouts[stage], rank.params
+            yield p.stages[stage % len(p.stages)].recording, rank.layouts[stage], rank.params
 
 
 def extent(tensor: Tensor, real: int = 4) -> int:
@@ -95,7 +100,8 @@ def test_what_a_slot_holds_is_disjoint_over_all_passes(case: Plan) -> None:
                 if region == INDEX[pool]
             ]
             assert disjoint(spaces)
-            assert max((end for _, end in spaces), default=0) <= layout.slot[pool]
+            room = layout.slot[pool] - (ALIGN if pool in ("X", "Y", "DY", "DX") else 0)  # for the sender's clock
+            assert max((end for _, end in spaces), default=0) <= max(room, 0)
             assert layout.slot[pool] % ALIGN == 0
 
 
@@ -156,8 +162,9 @@ def test_flat_buffers_do_not_overlap(case: Plan) -> None:
         assert {n: params.grad[n] for n in params.owned} == {n: params.param[n] for n in params.owned}
 
 
-def test_stages_divide_by_the_replicas(case: Plan) -> None:
-    unit = 16 * case.replicas
+def test_stages_divide_by_the_copies(case: Plan) -> None:
+    unit = 16 * case.copies
+    assert case.copies == case.replicas * case.schedule.chains
     for rank in case.ranks:
         params = rank.params
         assert list(params.stage) == list(rank.stages)
@@ -165,7 +172,7 @@ def test_stages_divide_by_the_replicas(case: Plan) -> None:
         for (stage, (start, edge, end)), before in zip(params.stage.items(), starts, strict=False):
             assert start == before and start <= edge <= end
             assert start % unit == 0 and end % unit == 0 and edge % 16 == 0
-            names = case.stages[stage].layer.params
+            names = case.stages[stage % len(case.stages)].layer.params
             for name in (n for n in names if n in params.owned):
                 low, high = (start, edge) if params.decay[name] else (edge, end)
                 assert low <= params.param[name] < high
@@ -223,7 +230,11 @@ def test_a_bucket_bounds_the_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("real", [4, 8])
-@pytest.mark.parametrize("settings", [{}, {"eval__every": 1, "eval__microbatches": 40}], ids=told)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"eval__every": 1, "eval__microbatches": 40}, {"optimizer__early": True, "pipeline__schedule": "zb_h1"}],
+    ids=told,
+)
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_regions_and_slots_do_not_overlap(ranks: int, settings: dict[str, Any], real: int, threads: int) -> None:
     p = planned("gpt2", ranks, threads, real, model__dropout=0.1, **settings)
@@ -241,6 +252,7 @@ def test_regions_and_slots_do_not_overlap(ranks: int, settings: dict[str, Any], 
         assert m.total - m.work == threads * max(layout.work for layout in rank.layouts.values())
         assert m.resident["TEMP"][1] >= max(layout.temp for layout in rank.layouts.values())
         assert m.resident["PARAM"][1] >= real * rank.params.size
+        assert m.resident["BEFORE"][1] == (m.resident["PARAM"][1] if p.early else 0)
 
 
 def test_every_slot_of_the_programs_exists() -> None:
@@ -259,16 +271,32 @@ def test_inputs_of_a_step_lie_side_by_side() -> None:
     p = planned("gpt2", 1, model__dropout=0.1)
     m = p.ranks[0].memory
     spaces = [(at, at + extent(t)) for at, t in m.inputs.values()]
-    assert sorted(m.inputs) == ["ids", "key", "targets"]
+    assert sorted(m.inputs) == [(0, "ids"), (0, "key"), (0, "targets")]
     assert disjoint(spaces) and max(end for _, end in spaces) <= m.stride
     assert m.resident["INPUT"][1] == m.stride * p.micros and m.stride % ALIGN == 0
 
 
 def test_stages_of_one_rank_share_their_loader_inputs() -> None:
     p = planned("gpt2", 4, model__dropout=0.1)
-    table, stride = arena.input_offsets([p.stages[s].recording for s in (0, 3)])
-    assert list(table) == ["ids", "key", "targets"]
+    table, stride = arena.input_offsets([(0, p.stages[s].recording) for s in (0, 3)])
+    assert list(table) == [(0, "ids"), (0, "key"), (0, "targets")]
     assert stride == 128 + 64 + 128
+
+
+def test_copies_of_the_model_on_one_rank_have_inputs_of_their_own() -> None:
+    """Stage 0 of one copy and the last of the other: each reads what its own copy is given."""
+    p = planned("gpt2", 2, model__dropout=0.1, pipeline__schedule="dualpipe")
+    for rank in p.ranks:
+        first, last = sorted(rank.stages)  # of copy 0 and of copy 1
+        m = rank.memory
+        sides = [["ids", "key"], ["key", "targets"]][:: 1 if first == 0 else -1]
+        assert sorted(m.inputs) == [(copy, name) for copy, names in enumerate(sides) for name in names]
+        spaces = [(at, at + extent(t)) for at, t in m.inputs.values()]
+        assert disjoint(spaces) and max(end for _, end in spaces) <= m.stride
+        for copy, stage in enumerate((first, last)):
+            where = rank.layouts[stage].where
+            for name, tensor in p.stages[stage % 2].recording.inputs.items():
+                assert where[tensor.id] == (INDEX["INPUT"], m.inputs[copy, name][0])
 
 
 def test_a_stage_that_hands_its_input_on_is_refused() -> None:
@@ -318,8 +346,7 @@ def test_a_forward_only_layout_keeps_nothing() -> None:
     chain = model.chain(p.config.model, 1, 16, logits=True)
     recording = record(chain, None, backward=False)
     params = arena.parameters({0: chain}, p.ties, 1)
-    inputs = {n: at for n, (at, _) in arena.input_offsets([recording])[0].items()}
-    layout = arena.layout(recording, params, inputs, 4)
+    layout = arena.layout(recording, params, arena.input_offsets([(0, recording)])[0], 4)
     assert [pool for pool in POOLS if layout.slot[pool]] == ["Y"]
     one = record(Linear(3, 4), (5, 3))
     assert arena.lifetimes(one).x == "W"  # the weight gradient reads it

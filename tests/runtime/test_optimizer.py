@@ -108,9 +108,9 @@ class Alone:
         return into
 
 
-def alone(backend: str = "float64", model: str = "gpt2", **settings: Any) -> Alone:
+def alone(backend: str = "float64", model: str = "gpt2", early: bool = False, **settings: Any) -> Alone:
     made = BACKENDS[backend][0]()
-    return Alone(planned(model, 1, made.threads, made.real), 0, made, **settings)
+    return Alone(planned(model, 1, made.threads, made.real, optimizer__early=early), 0, made, **settings)
 
 
 def textbook(p: np.ndarray, m: np.ndarray, v: np.ndarray, g: np.ndarray, t: int, lr: float, decay: float) -> tuple:
@@ -255,3 +255,95 @@ def test_padding_between_tensors_stays_zero() -> None:
             at = rig.params.param[name]
             inside[at : at + math.prod(rig.params.shapes[name])] = True
         assert not inside.all() and not flat[~inside].any()
+
+
+# --- the update on a guess
+
+
+def everything(rig: Alone) -> dict[str, bytes]:
+    """All values that a step may change, with what lies between them."""
+    sizes = {
+        "PARAM": rig.params.size,
+        "GRAD": rig.params.grad_size,
+        "MOMENT1": rig.params.size,
+        "MOMENT2": rig.params.size,
+    }
+    return {region: rig.executor.array(region, 0, (size,)).tobytes() for region, size in sizes.items()}
+
+
+def twins(backend: str, model: str, **settings: Any) -> tuple[Alone, Alone]:
+    """Two that hold the same values; the second one may guess."""
+    pair = alone(backend, model, **settings), alone(backend, model, early=True, **settings)
+    for rig in pair:
+        rng = np.random.default_rng(12)
+        rig.fill(rig.param, rng)
+        rig.fill(rig.moment1, rng)
+        rig.fill(rig.moment2, rng)
+        for name in rig.names:
+            np.abs(rig.moment2[name], out=rig.moment2[name])
+    assert everything(pair[0]) == everything(pair[1])
+    return pair
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama", "untied"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_guess_that_is_kept_is_the_update(backend: str, model: str) -> None:
+    whole, halves = twins(backend, model)
+    for step in range(4):
+        for rig in (whole, halves):
+            rig.fill(rig.grad, np.random.default_rng(step), size=10.0 ** (-step))
+        before = everything(halves)
+        whole.optimizer.update(step, 0.01 / (step + 1), 1.0)
+        halves.optimizer.guess(step, 0.01 / (step + 1))
+        guessed = everything(halves)
+        assert guessed["PARAM"] == everything(whole)["PARAM"] != before["PARAM"]  # the values are there at once
+        assert {r: b for r, b in guessed.items() if r != "PARAM"} == {r: b for r, b in before.items() if r != "PARAM"}
+        halves.optimizer.keep()
+        assert everything(halves) == everything(whole)
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama", "untied"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_guess_that_is_taken_back_has_left_nothing(backend: str, model: str) -> None:
+    whole, halves = twins(backend, model)
+    for step in range(4):
+        for rig in (whole, halves):
+            rig.fill(rig.grad, np.random.default_rng(step), size=10.0 ** (3 * step))
+        before = everything(halves)
+        halves.optimizer.guess(step, 0.1)
+        assert everything(halves) != before
+        halves.optimizer.take_back()
+        assert everything(halves) == before
+        for rig in (whole, halves):
+            rig.optimizer.update(step, 0.1, 0.3)  # what the step then does
+        assert everything(halves) == everything(whole)
+
+
+def test_a_guess_of_infinite_values_can_be_taken_back() -> None:
+    rig = alone("cpu", early=True)
+    rig.fill(rig.param, np.random.default_rng(1))
+    for name, bad in zip(rig.names, (np.nan, np.inf, -np.inf), strict=False):
+        rig.grad[name].flat[0] = bad
+    before = everything(rig)
+    rig.optimizer.guess(0, 0.1)
+    rig.optimizer.take_back()
+    assert everything(rig) == before
+
+
+def test_only_who_may_guess_has_room_for_it() -> None:
+    plain, early = alone("cpu"), alone("cpu", early=True)
+    assert plain.executor.memory.resident["BEFORE"][1] == 0
+    assert early.executor.memory.resident["BEFORE"][1] == early.executor.memory.resident["PARAM"][1] > 0
+
+
+def test_squares_are_told_by_those_who_count() -> None:
+    """Every copy of the model holds a gradient; of each tensor one rank tells."""
+    rig = alone("cpu")
+    rig.fill(rig.grad, np.random.default_rng(4))
+    counted = rig.names[1::2]
+    some = AdamW(rig.executor, rig.params, rig.config, rig.plan.names, counted)
+    into = np.full(len(rig.plan.names), -1.0)
+    some.squares(into)
+    every = rig.squares()
+    assert {n for i, n in enumerate(rig.plan.names) if into[i] != -1} == set(counted)
+    assert all(into[i] == every[i] for i, n in enumerate(rig.plan.names) if n in counted)

@@ -1,4 +1,4 @@
-"""Sums between ranks: the bits of an addition in the order of the replicas, in buckets of any size."""
+"""Sums between ranks: the bits of an addition in the order of the copies, in buckets of any size."""
 
 from __future__ import annotations
 
@@ -38,11 +38,12 @@ def in_order(terms: list[np.ndarray]) -> np.ndarray:
     return functools.reduce(lambda a, b: a + b, terms)
 
 
-def rank_of(p: Plan, place: int, link: Link, replicas: Link | None, backend: Any = None) -> tuple[Reducer, np.ndarray]:
-    """A rank's reducer and its whole gradient buffer."""
+def rank_of(p: Plan, place: int, link: Link, copies: Link | None, backend: Any = None) -> tuple[Reducer, np.ndarray]:
+    """A rank's reducer and its whole gradient buffer; ``copies`` joins those of every stage that it holds."""
     params = p.ranks[place].params
     executor = executor_of(p, place, backend or CpuBackend(1), link)
-    return Reducer(executor, params, replicas), executor.array("GRAD", 0, (params.grad_size,))
+    joined = {stage: copies for stage in p.ranks[place].stages if copies is not None}
+    return Reducer(executor, params, joined), executor.array("GRAD", 0, (params.grad_size,))
 
 
 def test_buckets_cover_a_span() -> None:
@@ -64,7 +65,8 @@ def test_replicas_are_added_in_order(bucket: int, model: str, replicas: int, ref
         grad[:] = terms[link.rank]
         reducer.stage(0)
         assert (grad[params.size :] == terms[link.rank][params.size :]).all()  # the tied copy's turn is later
-        reducer.tied_copies()
+        if params.tied:
+            reducer.tied("head.weight", 0)
         return grad.copy()
 
     sums = LocalWorld(replicas).run(rank)
@@ -77,7 +79,7 @@ def test_replicas_are_added_in_order(bucket: int, model: str, replicas: int, ref
 
 def test_a_stage_is_added_alone(bucket: int) -> None:
     """A rank with several stages: each sum touches its own span only."""
-    p = planned("gpt2", 6, pipeline__replicas=2, pipeline__stages=3)
+    p = planned("gpt2", 6, pipeline__replicas=2, pipeline__ranks=3)
     place = 1
     start, _, end = p.ranks[place].params.stage[1]
     size = p.ranks[place].params.grad_size
@@ -118,7 +120,7 @@ def test_without_replicas_there_is_nothing_to_add() -> None:
     reducer, grad = rank_of(p, 0, LocalWorld(1).links[0], None)
     grad[:] = expected = gradients(len(grad), 3)
     reducer.stage(0)
-    reducer.tied_copies()
+    reducer.tied("head.weight", 0)
     assert grad.tobytes() == expected.tobytes()
 
 
@@ -172,7 +174,7 @@ def test_two_layouts_of_a_tie_have_the_same_bits() -> None:
         for at, values in zip(places, (owners, copies), strict=True):
             grad[at : at + n] = values[link.rank]
         reducer.stage(0)
-        reducer.tied_copies()
+        reducer.tied("head.weight", 0)
         reducer.tie("head.weight", 0)
         return grad[places[0] : places[0] + n].tobytes()
 
@@ -186,9 +188,48 @@ def test_two_layouts_of_a_tie_have_the_same_bits() -> None:
         at = reducer.params.grad["head.weight" if place else "embed.weight"]
         grad[at : at + n] = (copies if place else owners)[replica]
         reducer.stage(place)
-        reducer.tied_copies()
+        if place:
+            reducer.tied("head.weight", 1)  # not beside its owner: nothing is left to sum
         reducer.tie("head.weight", 1 - place)
         return grad[at : at + n].tobytes()
 
     assert LocalWorld(2).run(alone) == [expected] * 2
     assert LocalWorld(4).run(apart) == [expected] * 4
+
+
+@pytest.mark.parametrize("schedule", ["dualpipe", "1f1b"])
+def test_copies_that_share_ranks_are_added_in_their_order(bucket: int, schedule: str) -> None:
+    """Two copies from both ends: a stage of the second copy lies behind one of the first, and meets its other half."""
+    p = planned("llama", 4 if schedule == "1f1b" else 2, pipeline__schedule=schedule,
+                pipeline__replicas=2 if schedule == "1f1b" else 1, pipeline__ranks=2)  # fmt: skip
+    depth = p.schedule.depth
+    sizes = [p.ranks[s].params.stage[s] for s in range(depth)]
+    terms = {
+        (copy, s): gradients(end - start, 10 * copy + s) for copy in (0, 1) for s, (start, _, end) in enumerate(sizes)
+    }
+
+    def rank(link: Link) -> dict[int, bytes]:
+        place, replica = link.rank % 2, link.rank // 2
+        found, grads = {}, {}
+        pipeline = link.group(range(2 * replica, 2 * replica + 2)) if link.size > 2 else link
+        assert pipeline is not None
+        copies: dict[int, Link] = {}
+        for s in sorted(p.ranks[place].stages, key=lambda s: s % depth):
+            members = (s, s + 2) if link.size > 2 else (s % depth, 1 - s % depth)
+            copies[s] = link.group(members)  # type: ignore[assignment]
+        executor = executor_of(p, place, CpuBackend(1), pipeline)
+        params = p.ranks[place].params
+        reducer = Reducer(executor, params, copies)
+        grad = executor.array("GRAD", 0, (params.grad_size,))
+        for s in copies:
+            start, _, end = params.stage[s]
+            grads[s] = grad[start:end]
+            grads[s][:] = terms[replica + s // depth, s % depth]
+        for s in sorted(copies, key=lambda s: s % depth):
+            reducer.stage(s)
+            found[s] = grads[s].tobytes()
+        return found
+
+    for found in LocalWorld(2 if schedule == "dualpipe" else 4).run(rank):
+        for s, sums in found.items():
+            assert sums == in_order([terms[copy, s % depth] for copy in (0, 1)]).tobytes()

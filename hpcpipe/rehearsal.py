@@ -1,0 +1,61 @@
+"""The rehearsal: what the passes of a run take on the machine it found, measured before step 0.
+
+Every rank runs F, B and W of each of its stages a few times, all ranks at once as they will in a step, on real inputs
+and without a message; two neighbours swap a message. The schedule replayed with these costs is what the run is then
+measured against. It leaves no trace: gradients are cleared, parameters are not touched.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+import numpy as np
+
+from hpcpipe.job import Job
+from hpcpipe.schedule.engine import Costs
+from hpcpipe.schedule.op import KINDS
+from hpcpipe.schedule.replay import replay
+from hpcpipe.schedule.timeline import Timeline
+
+ROUNDS = 3  # the first one meets cold memory and is not counted
+
+
+def rehearse(job: Job) -> Timeline:
+    """The predicted step of one pipeline, in seconds; the same on every rank. Collective."""
+    job.feed("train", job.step)
+    job.link.barrier()
+    own = {stage: _passes(job, stage) for stage in job.mine.stages}
+    job.executor.clear("GRAD")
+    message = _message(job)
+    told = job.link.bcast(job.link.gather((own, message)) or [])
+    ranks = told[: len(job.plan.ranks)]
+    stages = {stage: costs for rank, _ in ranks for stage, costs in rank.items()}
+    F, B, W = (tuple(stages[s][i] for s in range(len(stages))) for i in range(len(KINDS)))
+    return replay(job.plan.schedule, Costs(F, B, W, max(each for _, each in ranks)))
+
+
+def _passes(job: Job, stage: int) -> list[float]:
+    """Seconds of F, B and W of a stage on one microbatch."""
+    found = list(zip(job.program.instructions, job.program.calls, strict=True))
+    calls = [next(call for i, call in found if i[:2] == (kind, stage)) for kind in KINDS]
+    seconds = np.zeros((ROUNDS, len(KINDS)))
+    for row in seconds:
+        for i, call in enumerate(calls):
+            begin = perf_counter()
+            call()
+            row[i] = perf_counter() - begin
+    return [float(x) for x in seconds[1:].min(axis=0)]
+
+
+def _message(job: Job) -> float:
+    """Seconds of one message between two ranks: the first two of the pipeline swap one both ways."""
+    if job.pipeline.size < 2 or job.place > 1:
+        return 0.0
+    c = job.config
+    size = job.backend.real * c.train.microbatch * c.train.length * c.model.width
+    send, recv, best = np.zeros(size, np.uint8), np.zeros(size, np.uint8), float("inf")
+    for _ in range(ROUNDS):
+        begin = perf_counter()
+        job.pipeline.sendrecv(send, recv, 1 - job.place)
+        best = min(best, perf_counter() - begin)
+    return best
