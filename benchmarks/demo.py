@@ -74,6 +74,7 @@ def main() -> int:
     call(f"hpcpipe plan {config}", "--ranks", str(options.ranks))
     call(mpirun, str(config))
     call(f"hpcpipe inspect {run}")
+    call(f"hpcpipe report {run}")
     call(f"hpcpipe generate {run}", "--prompt", "def read(self, ", "--tokens", "160")
     return verdict(run)
 

@@ -1,6 +1,6 @@
 """hpcpipe in the contest: the rank that ``hpcpipe train`` would start alone, one process with all cores of the mask.
 
-The loop is that of ``hpcpipe.train`` without evaluation, checkpoints and metrics, which the peers do not have either;
+The loop is that of ``hpcpipe.train`` without evaluation and checkpoints, which the peers do not have either;
 weights and tokens are those of the job. The variant is the number of sequences in a microbatch; by default as many as
 make 1024 tokens, which keeps a microbatch's activations small and its products large enough.
 """
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.shape import OPTIMIZER, Job, Shape
 from benchmarks.worker import Run, serve
@@ -18,6 +20,8 @@ from hpcpipe import data
 from hpcpipe.comm.local import LocalWorld
 from hpcpipe.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from hpcpipe.job import Job as Training
+from hpcpipe.rehearsal import rehearse
+from hpcpipe.steps import Steps
 
 FOREVER = 1 << 30  # steps; the driver says when it is over
 
@@ -55,27 +59,42 @@ def write_dataset(folder: Path, job: Job) -> None:
     (folder / data.MANIFEST).write_text(data.manifest("uint32", job.shape.vocabulary, 0, splits, {}))
 
 
+class Tokens:
+    """Stands in for the data set of a run: the job's tokens, batch after batch."""
+
+    def __init__(self, tokens: NDArray[np.int32]) -> None:
+        self.tokens = tokens
+
+    def batch(self, split: str, step: int, micro: int, copy: int, *, microbatch: int, out: Any, **_: int) -> None:
+        """Writes ids and targets of a microbatch; None where a rank wants only one of them."""
+        ids, targets = out
+        piece = self.tokens[step % len(self.tokens), micro * microbatch : (micro + 1) * microbatch]
+        if ids is not None:
+            ids[:] = piece[:, :-1].ravel()
+        if targets is not None:
+            targets[:] = piece[:, 1:].ravel()
+
+
 def build(job: Job, threads: int, variant: str) -> tuple[Run, str]:
     """The training loop; threads come from the affinity mask, as in a run."""
     with TemporaryDirectory(prefix="hpcpipe-bench-") as folder:
         write_dataset(Path(folder), job)
         microbatch = int(variant or microbatch_of(job.shape))
         training = Training(config_of(job.shape, Path(folder), microbatch), LocalWorld(1).links[0])
+        training.begin(rehearse(training))
     params, real = training.mine.params, training.backend.real
     for name in params.owned:
         view = training.executor.array("PARAM", real * params.param[name], params.shapes[name])
         view[...] = job.weights[training.plan.ties.get(name, name)]
-    # batches[k][m] = (ids, targets) of microbatch m
-    pieces = [np.split(batch, training.plan.micros) for batch in job.tokens]
-    batches = [[(part[:, :-1].ravel(), part[:, 1:].ravel()) for part in batch] for batch in pieces]
+    training.data = Tokens(job.tokens)
+    steps = Steps(training)
 
     def run(first: int, count: int) -> list[float]:
         losses = []
         for step in range(first, first + count):
-            for (ids, targets, _), (x, y) in zip(training.inputs, batches[step % len(batches)], strict=True):
-                ids[:], targets[:] = x, y
-            training.program.run()
-            losses.append(training.finish(step, False).loss)
+            steps.run(step, False)
+            steps.settle()
+            losses.append(steps.loss)
         return losses
 
     arena = training.mine.memory.total / 2**20
