@@ -63,6 +63,7 @@ class Job:
         self._together(self._load)
         self._peak = self._measure_peak()
         self.progress: Progress | None = None
+        self.optimizer_seconds = 0.0  # of norm and update, as predicted
         self.where = Whereabouts(self.program, self.evaluation, self.step, first, link.size, self.mates)
         self.meeting = meet(self.out, link)
         crew = Crew(link.rank, self.hosts, [rank.program for rank in self.plan.ranks])

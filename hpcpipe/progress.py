@@ -113,8 +113,8 @@ class Progress:
         predicted, measured = middle["predicted_seconds"], middle["seconds"]
         line = (
             f"a step: predicted {duration(predicted)}, measured {duration(measured)} "
-            f"({measured / predicted - 1:+.1%}), bubble {middle['bubble']:.1%} "
-            f"(predicted {found[-1]['predicted_bubble']:.1%})"
+            f"({measured / predicted - 1:+.1%}), ideal {duration(found[-1]['ideal_seconds'])}, "
+            f"bubble {middle['bubble']:.1%} (predicted {found[-1]['predicted_bubble']:.1%})"
         )
         waits = [v["worst_wait"] for v in found if "worst_wait" in v]
         if waits:
@@ -123,6 +123,8 @@ class Progress:
         yield line
         whole = sum(v["seconds"] for v in found)
         shares = {name: sum(v["parts"][name] for v in found) / whole for name in found[0]["parts"]}
+        if voided := found[-1].get("voided", 0):
+            yield f"{voided} step{'s' * (voided > 1)} done again: the update was made on a guess, and then clipped"
         yield "its time: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
 
     def _line(self, step: int, values: dict[str, Any]) -> str:

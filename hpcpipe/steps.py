@@ -3,7 +3,8 @@
 The update needs the norm of the whole gradient, and so the slowest rank. Where the schedule gains by it, a rank does
 not wait: it updates on the guess that nothing will be clipped, begins the next step, and asks before that step's first
 W, when the answer is there. A wrong guess voids the step and everything is done again, so the bits are always those of
-the plain order (Qi et al. 2023, section 4, post-validation; nothing is approximated or undone by arithmetic here).
+the plain order; after a step that clipped, the next update waits (after Qi et al. 2023, section 4, post-validation;
+nothing is approximated or undone by arithmetic here).
 """
 
 from __future__ import annotations
@@ -27,12 +28,17 @@ NAMED = 1_000_000  # stages, and microbatches, that the number of an op can tell
 
 
 class Pending(NamedTuple):
-    """A step whose sum is under way: its number, rate, and the seconds that norm and guess took here."""
+    """A step whose sum is under way: its number, rate, whether its update was made on a guess, and seconds here: when
+    it began, until the sum began, and of the whole.
+    """
 
     step: int
     rate: float
     sum: Sum
-    seconds: float
+    guessed: bool
+    began: float
+    before: float
+    whole: float = 0.0
 
 
 class Verdict(NamedTuple):
@@ -59,11 +65,12 @@ class Steps:
         self.pending: Pending | None = None
         self.verdict: Verdict | None = None
         self.voided = 0  # steps that were done again
+        self.guessing = False  # whether the next update is made on a guess: not after a step that clipped
         predicted = job.predicted
         # Where nobody waits for the slowest rank between two steps, the next one begins before this one ends.
         self.expected = period(predicted) if self.early else predicted.makespan
-        busy = sum(predicted.busy(rank) for rank in range(predicted.ranks)) / predicted.ranks
-        self.bubble = 1 - busy / self.expected if self.expected else 0.0
+        self.busy = sum(predicted.busy(rank) for rank in range(predicted.ranks)) / predicted.ranks
+        self.bubble = 1 - self.busy / self.expected if self.expected else 0.0
         names, copies, size = len(job.plan.names), job.plan.copies, job.link.size
         self._aside = size if size <= ASIDE else 0
         # One sum carries: squares by name, losses by copy, the wish to stop, seconds by part, each rank's longest wait.
@@ -78,10 +85,9 @@ class Steps:
         job.feed("train", step)
         if not job.program.run(self._judge if self.pending else None):
             self._redo()
-            began = perf_counter()
             job.program.run()
         self._close(step, asked, began)
-        if not self.early:
+        if not self.guessing:
             self.settle()
 
     def rest(self, step: int) -> bool:
@@ -92,14 +98,14 @@ class Steps:
 
     def settle(self) -> None:
         """Waits for the sum of the last step and makes its update final."""
-        if self.pending is None:
+        pending = self.pending
+        if pending is None:
             return
-        if self._judge():
-            if not self.early:
-                self._update()
-                self._tell()
-        else:
+        if not self._judge():
             self._redo()
+        elif not pending.guessed:
+            self._timed(self._update)
+            self._tell()
 
     # --- the end of a step
 
@@ -113,23 +119,23 @@ class Steps:
             self.losses[copy] = loss
         self.asked[0] = asked
         now, pipeline = perf_counter(), job.program.parts()
+        # A step that was void and done again counts as one: the first try is in "other".
         between = float(job.program.clock[0]) - began + float(ended - job.program.clock[-1])
-        self.parts[:] = (*pipeline, now - ended, between)
+        self.parts[:] = (*pipeline, now - ended + job.program.asking, between)
         if self._aside:
             wait = job.program.account.worst(job.program.clock)
             self.waits[job.link.rank] = wait.seconds
             self.ops[job.link.rank] = _number(wait.what)
+        rate = learning_rate(step, job.config.optimizer, job.config.train)
         with job.where.waiting(f"the sum over all ranks after step {step + 1}", owed=LAST):
-            self.pending = Pending(
-                step, learning_rate(step, job.config.optimizer, job.config.train),
-                job.link.start_allreduce(self.totals), now - began,
-            )  # fmt: skip
-        if self.early:
-            job.optimizer.guess(step, self.pending.rate)
-            self.pending = self.pending._replace(seconds=perf_counter() - began)
+            under_way = job.link.start_allreduce(self.totals)
+        self.pending = Pending(step, rate, under_way, self.guessing, began, now - began)
+        if self.guessing:
+            job.optimizer.guess(step, rate)
+            self.pending = self.pending._replace(whole=perf_counter() - began)
 
     def _judge(self) -> bool:
-        """Waits for the sum; whether the update that was guessed, or will be made, clips nothing and all is finite."""
+        """Waits for the sum; whether all is finite and, where the update was made on a guess, that was right."""
         job, pending = self.job, self.pending
         assert pending is not None
         begin = perf_counter()
@@ -138,22 +144,22 @@ class Steps:
         waited = perf_counter() - begin
         norm, scale = job.optimizer.scale(self.squares)
         each = self.parts / job.link.size
-        if self.early:
-            each[PARTS.index("optimizer")] += waited
+        if pending.guessed:
+            each[PARTS.index("optimizer")] += pending.whole - pending.before  # the guess
         else:  # the sum is where the fast wait for the slow
-            each[PARTS.index("cooldown")] += pending.seconds + waited - each.sum()
+            each[PARTS.index("cooldown")] += pending.before + waited - each.sum()
         rank = int(self.waits.argmax()) if self._aside else 0
         wait = Wait(float(self.waits[rank]), _named(self.ops[rank])) if self._aside else Wait(0.0, "")
         loss = float(self.losses.sum()) / job.plan.tokens
         stop = bool(self.asked[0] > 0)
         self.verdict = Verdict(loss, norm, scale, stop, dict(zip(PARTS, each.tolist(), strict=True)), (rank, wait))
-        if not self.early:
+        self.guessing = self.early and self.verdict.finite and scale == 1.0
+        if not pending.guessed:
             return self.verdict.finite
-        if not self.verdict.finite or scale != 1.0:
-            return False
-        self._timed(job.optimizer.keep)
-        self._tell()
-        return True
+        if self.guessing:
+            job.optimizer.keep()
+            self._tell()
+        return self.guessing
 
     def _redo(self) -> None:
         """A wrong guess: everything back to before it, then the update as it must be."""
@@ -165,15 +171,16 @@ class Steps:
                 "optimizer.lr, lengthen optimizer.warmup or set optimizer.clip, and start again: the run goes on from "
                 "its newest checkpoint"
             )
-        self.voided += 1
-        self.job.optimizer.take_back()
+        if pending.guessed:
+            self.job.optimizer.take_back()
+            self.voided += 1
         self._update()
         self._tell()
 
     def _update(self) -> None:
         verdict, pending = self.verdict, self.pending
         assert verdict is not None and pending is not None
-        self._timed(lambda: self.job.optimizer.update(pending.step, pending.rate, verdict.scale))
+        self.job.optimizer.update(pending.step, pending.rate, verdict.scale)
 
     def _timed(self, work: Callable[[], None]) -> None:
         assert self.verdict is not None
@@ -187,17 +194,20 @@ class Steps:
         assert verdict is not None and pending is not None
         self.loss, self.stop, self.pending = verdict.loss, verdict.stop, None
         parts, (rank, wait) = verdict.parts, verdict.worst
-        seconds, idle = sum(parts.values()), parts["warmup"] + parts["steady"] + parts["cooldown"]
-        rest = parts["optimizer"] + parts["other"]
+        seconds = pending.whole or perf_counter() - pending.began  # of this rank; the parts are means over ranks
+        idle = parts["warmup"] + parts["steady"] + parts["cooldown"]
         values = {
             "loss": verdict.loss,
             "grad_norm": verdict.norm,
             "lr": pending.rate,
-            "bubble": idle / (seconds - rest),
+            "bubble": idle / (idle + parts["compute"] + parts["exposed"]),
             "predicted_bubble": self.bubble,
-            "predicted_seconds": self.expected + rest,
+            "predicted_seconds": self.expected + self.job.optimizer_seconds,
+            "ideal_seconds": self.busy + self.job.optimizer_seconds,
             "parts": parts,
         }
+        if self.voided:
+            values["voided"] = self.voided
         if wait.what:
             values["worst_wait"] = {"rank": rank, "op": wait.what, "seconds": wait.seconds}
         self.job.tell(pending.step + 1, seconds, values)

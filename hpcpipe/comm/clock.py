@@ -1,7 +1,7 @@
 """One clock for all ranks: how far a rank's own is behind that of rank 0.
 
 Processes of one machine share a clock; between machines one rank each asks rank 0, several times, and takes the answer
-that came back fastest (Cristian 1989): it is wrong by at most half of that time.
+that came back fastest (Cristian 1989): it is wrong by at most that time.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def _asked(link: Link, peer: int) -> float:
     mine, theirs = np.zeros(1), np.zeros(1)
     best, answer = float("inf"), 0.0
     for _ in range(TRIES):
+        link.sendrecv(mine, theirs, peer)  # both are here now: what the next one brings was written no earlier
         mine[0] = begin = perf_counter()
         link.sendrecv(mine, theirs, peer)
         end = perf_counter()

@@ -8,10 +8,12 @@ from hpcpipe.backends.null import PASSES, Recording
 
 
 class Device(NamedTuple):
-    """The two limits that a roofline needs: float32 FLOP/s of matrix products, bytes/s of memory."""
+    """What a roofline needs: FLOP/s of float32 products, bytes/s of memory; of a message bytes/s and seconds."""
 
     flops: float
     bandwidth: float
+    link: float = 4.0e9
+    latency: float = 5.0e-6
 
 
 # One AVX2 core of a shared server, as a start; a run measures its own product peak and reports against that.

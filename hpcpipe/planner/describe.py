@@ -66,6 +66,10 @@ def _lines(p: Plan, threads: int, width: int) -> list[str]:
         parts = rank.memory.by_use()
         sizes = [parts.get(use, 0) for use in uses] + [rank.memory.total]
         lines.append(f"  {i:>4} " + " ".join(f"{size / 2**20:>11.2f}" for size in sizes))
+    if c.pipeline.cut == "measured":
+        lines += ["", "the cut is by the roofline here; a run measures the slots and may cut elsewhere"]
+    if p.early:
+        lines += ["", "the update does not wait for the norm of the whole gradient (optimizer.early)"]
     lines += ["", f"schedule {c.pipeline.schedule}, predicted bubble {p.timeline.bubble:.1%}", draw(p.timeline, width)]
     return lines
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import inf
+from math import inf, prod
 from typing import Any
 
 from hpcpipe import model
@@ -145,11 +145,12 @@ def plan(
     copies = replicas * shape.chains
     micros = microbatches(config.train, copies)
     _check_evaluation(config, copies)
-    costs_of = prices or {}
+    costs_of, limit = prices or {}, config.pipeline.memory * GIB or inf
 
     def laid_out(room: float) -> Plan:
         parts = _stages(config, shape, micros, device, costs_of, real, room)
-        costs = _costs([part.cost for part in parts] * shape.chains)
+        message = device.latency + real * prod(slots.activation(config)) / device.link
+        costs = _costs([part.cost for part in parts] * shape.chains, message)
         held = [part.held(real) for part in parts]
         state = [part.state(real) for part in parts] * shape.chains
         spare = [
@@ -161,9 +162,13 @@ def plan(
         if early is None:
             early = _gains(timeline) and not _crossed(parts, schedule, ties)
         laid = _ranks(config, parts, schedule, ties, replicas, threads, real, early)
-        return Plan(config, replicas, micros, parts, schedule, laid, timeline, ties, early)
+        found = Plan(config, replicas, micros, parts, schedule, laid, timeline, ties, early)
+        if early and config.optimizer.early is None and found.most > limit:  # a gain in time is no reason to not fit
+            laid = _ranks(config, parts, schedule, ties, replicas, threads, real, False)
+            found = replace(found, ranks=laid, early=False)
+        return found
 
-    return _within(config.pipeline.memory * GIB or inf, laid_out)
+    return _within(limit, laid_out)
 
 
 def _within(limit: float, laid_out: Callable[[float], Plan]) -> Plan:
@@ -202,8 +207,8 @@ def _crossed(parts: Sequence[StagePlan], schedule: Schedule, ties: Mapping[str, 
     return any(schedule.placement[stage[a]] != schedule.placement[stage[b]] for a, b in ties.items())
 
 
-def _costs(prices: Sequence[Cost]) -> Costs:
-    return Costs(tuple(p.F for p in prices), tuple(p.B for p in prices), tuple(p.W for p in prices))
+def _costs(prices: Sequence[Cost], message: float) -> Costs:
+    return Costs(tuple(p.F for p in prices), tuple(p.B for p in prices), tuple(p.W for p in prices), message)
 
 
 def _check_evaluation(config: Config, copies: int) -> None:

@@ -39,10 +39,16 @@ def shape(pipeline: PipelineConfig, ranks: int) -> Shape:
     """What the configured schedule asks for on that many ranks; UserError where it cannot be."""
     name = pipeline.schedule
     listed = len(pipeline.cut) if isinstance(pipeline.cut, tuple) else 0
+    if pipeline.group and (name == SEARCH or name.startswith(FILE)):
+        raise UserError(f"pipeline.group = {pipeline.group} is for interleaved only; leave it out with {name}")
     if name.startswith(FILE):
         return _from_file(name.removeprefix(FILE), pipeline.stages or listed, ranks)
     if name == SEARCH:
         stages = pipeline.stages or listed or ranks
+        if stages < ranks:
+            raise UserError(
+                f"pipeline.schedule: {stages} stages cannot occupy {ranks} ranks; use at most {stages} ranks"
+            )
         return Shape(ranks, stages, families.consecutive(stages, ranks))
     if name not in families.SCHEDULES:
         near = difflib.get_close_matches(name, [*families.SCHEDULES, SEARCH], n=1)

@@ -204,6 +204,7 @@ class Bound:
         weights = [i for i, instruction in enumerate(self.instructions) if instruction.kind == "W"]
         self.turning = weights[0] if weights else len(self.instructions)  # the first W: gradients change from here on
         self.at, self.runs = -1, 0
+        self.asking = 0.0  # seconds of the last run between the instruction before the first W and that W
 
     def run(self, check: Callable[[], bool] | None = None) -> bool:
         """One step: every instruction in order.
@@ -215,6 +216,7 @@ class Bound:
         self.clock[0] = perf_counter()
         self._walk(range(self.turning))
         valid = check is None or check()
+        self.asking = perf_counter() - float(self.clock[self.turning])
         rest = range(self.turning, len(self.calls))
         self._walk(rest if valid else [i for i in rest if self.instructions[i].slot is not None])
         self.at = -1
@@ -232,13 +234,21 @@ class Bound:
         return float(sum(float(view[0]) for stage, view in self.losses if stage in stages))
 
     def parts(self) -> np.ndarray:
-        """Where the seconds of the last run went: the first five of PARTS."""
-        return self.account.parts(self.clock, self.released)
+        """Where the seconds of the last run went, without ``asking``: the first five of PARTS."""
+        found = self.account.parts(self.clock, self.released)
+        if self.turning < len(self.calls):
+            found[0] -= self.asking
+        return found
+
+    def _starts(self) -> np.ndarray:
+        starts = self.clock[:-1].copy()
+        starts[self.turning : self.turning + 1] += self.asking
+        return starts
 
     def events(self, origin: float = 0.0) -> list[Event]:
         """The last run's compute, in seconds since ``origin`` of this rank's clock."""
         return [
             Event(self.program.rank, Op(i.kind, i.stage, i.micro), float(t0) - origin, float(t1) - origin)
-            for i, t0, t1 in zip(self.instructions, self.clock[:-1], self.clock[1:], strict=True)
+            for i, t0, t1 in zip(self.instructions, self._starts(), self.clock[1:], strict=True)
             if i.kind == "F" or i.kind == "B" or i.kind == "W"
         ]

@@ -140,11 +140,13 @@ def validate(schedule: Schedule, kinds: Sequence[Kind] = KINDS) -> Walk:
     schedules add the same numbers in the same order).
     """
     name, placement = schedule.name, schedule.placement
-    if sorted(set(placement)) != list(range(schedule.ranks)) or len(placement) % schedule.chains:
+    if schedule.chains < 1 or sorted({*placement}) != [*range(schedule.ranks)] or len(placement) % schedule.chains:
         raise ScheduleError(
             f"{name}: stages are placed on ranks {placement}, but there are {schedule.ranks} rows"
-            + (f" and {schedule.chains} chains" if schedule.chains > 1 else "")
+            + (f" and {schedule.chains} chains" if schedule.chains != 1 else "")
         )
+    if any(len({*placement[i :: schedule.depth]}) < schedule.chains for i in range(schedule.depth)):
+        raise ScheduleError(f"{name}: two copies of one stage are on one rank; every copy needs a rank of its own")
     ops = sum(map(len, schedule.rows))
     if ops < schedule.micros:
         raise ScheduleError(f"{name} names {schedule.micros} microbatches and has {ops} ops; every one needs its own")

