@@ -102,6 +102,11 @@ class Plan:
         return self.replicas * self.schedule.chains
 
     @property
+    def expected(self) -> float:
+        """Predicted seconds from one step to the next."""
+        return period(self.timeline) if self.early else self.timeline.makespan
+
+    @property
     def most(self) -> int:
         """Bytes of the fullest rank."""
         return max(rank.memory.total for rank in self.ranks)
@@ -141,23 +146,43 @@ def plan(
     ``prices`` are measured costs of the slots by kind; without them ``device`` says what they cost.
     """
     ranks, replicas = grid(config.pipeline, total)
-    shape = schedules.shape(config.pipeline, ranks)
+    given = threads, real, device, prices or {}
+    found, refused = [], None
+    for shape in schedules.shapes(config.pipeline, ranks, config.model.layers + 2):
+        try:
+            found.append(_plan(config, shape, replicas, *given))
+        except UserError as error:
+            refused = refused or error
+    if refused and not found:
+        raise refused
+    return min(found, key=lambda plan: plan.expected)
+
+
+def _plan(
+    config: Config,
+    shape: schedules.Shape,
+    replicas: int,
+    threads: int,
+    real: int,
+    device: Device,
+    prices: Mapping[str, Cost],
+) -> Plan:
     copies = replicas * shape.chains
     micros = microbatches(config.train, copies)
     _check_evaluation(config, copies)
-    costs_of, limit = prices or {}, config.pipeline.memory * GIB or inf
+    limit, ties = config.pipeline.memory * GIB or inf, model.ties(config.model)
+    closely = not ties if config.optimizer.early is None else config.optimizer.early
 
     def laid_out(room: float) -> Plan:
-        parts = _stages(config, shape, micros, device, costs_of, real, room)
+        parts = _stages(config, shape, micros, device, prices, real, room)
         message = device.latency + real * prod(slots.activation(config)) / device.link
         costs = _costs([part.cost for part in parts] * shape.chains, message)
         held = [part.held(real) for part in parts]
-        state = [part.state(real) for part in parts] * shape.chains
-        spare = [
-            room - sum(s for s, r in zip(state, shape.placement, strict=True) if r == rank) for rank in range(ranks)
-        ]
-        schedule = schedules.build(config.pipeline, shape, micros, costs, held, spare)
-        ties, timeline = model.ties(config.model), replay(schedule, costs)
+        spare = [room] * shape.ranks  # for activations
+        for rank, part in zip(shape.placement, parts * shape.chains, strict=True):
+            spare[rank] -= part.state(real)
+        schedule = schedules.build(config.pipeline, shape, micros, costs, held, spare, closely)
+        timeline = replay(schedule, costs)
         early = config.optimizer.early
         if early is None:
             early = _gains(timeline) and not _crossed(parts, schedule, ties)

@@ -35,8 +35,19 @@ class Shape(NamedTuple):
     given: Schedule | None = None
 
 
-def shape(pipeline: PipelineConfig, ranks: int) -> Shape:
-    """What the configured schedule asks for on that many ranks; UserError where it cannot be."""
+def shapes(pipeline: PipelineConfig, ranks: int, slots: int) -> list[Shape]:
+    """What the configured schedule may ask for on that many ranks; UserError where it cannot be.
+
+    One, but for a search that may choose: one stage per rank, or two where the model has the slots.
+    """
+    found = _shape(pipeline, ranks)
+    free = pipeline.schedule == SEARCH and not pipeline.stages and isinstance(pipeline.cut, str)
+    if free and 1 < ranks <= slots // 2:
+        return [found, Shape(ranks, 2 * ranks, families.folded(2 * ranks, ranks))]
+    return [found]
+
+
+def _shape(pipeline: PipelineConfig, ranks: int) -> Shape:
     name = pipeline.schedule
     listed = len(pipeline.cut) if isinstance(pipeline.cut, tuple) else 0
     if pipeline.group and (name == SEARCH or name.startswith(FILE)):
@@ -87,11 +98,18 @@ def draft(pipeline: PipelineConfig, shape: Shape, micros: int) -> Schedule:
 
 
 def build(
-    pipeline: PipelineConfig, shape: Shape, micros: int, costs: Costs, held: Sequence[float], limit: Sequence[float]
+    pipeline: PipelineConfig,
+    shape: Shape,
+    micros: int,
+    costs: Costs,
+    held: Sequence[float],
+    limit: Sequence[float],
+    closely: bool,
 ) -> Schedule:
     """The schedule, proven; UserError where this shape or number of microbatches cannot be.
 
-    A search heeds the bytes that one microbatch holds on each stage from its F to its W, and how many each rank has.
+    A search heeds the bytes that one microbatch holds on each stage from its F to its W, and how many each rank has;
+    ``closely``: steps follow each other without a stop.
     """
     if shape.given is not None and shape.given.micros != micros:
         raise UserError(
@@ -100,7 +118,9 @@ def build(
         )
     try:
         if pipeline.schedule == SEARCH:
-            found = search(_placements(shape), micros, costs, held, limit, list(_starts(shape, micros)))
+            found = search(
+                _placements(shape), micros, costs, held, limit, list(_starts(shape, micros)), closely=closely
+            )
         else:
             found = draft(pipeline, shape, micros)
         validate(found)

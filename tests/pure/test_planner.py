@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -378,3 +379,37 @@ def test_a_preset_is_planned_without_being_built() -> None:
     p = plan(large, 8)
     assert sum(rank.memory.by_use()["param"] for rank in p.ranks) >= 4 * 8_030_261_248
     assert max(s.cost.total for s in p.stages) < 1.5 * min(s.cost.total for s in p.stages)
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_a_search_is_never_worse_than_a_name(ranks: int, early: bool) -> None:
+    """Whatever number of stages the name has, where the search may choose its own."""
+    deep: dict[str, Any] = {"model__layers": 8, "train__batch": 12, "optimizer__early": early}
+    found = planned("untied", ranks, **deep, pipeline__schedule="search")
+    names = [name for name, family in families.SCHEDULES.items() if family.chains == 1]
+    by_name = [planned("untied", ranks, **deep, pipeline__schedule=name).expected for name in names]
+    assert found.expected <= min(by_name) * (1 + 1e-9)
+
+
+def test_a_search_says_what_it_cannot() -> None:
+    for settings, sentence in (
+        ({"pipeline__stages": 1}, "1 stages cannot occupy 2 ranks"),
+        ({"pipeline__group": 2}, "pipeline.group = 2 is for interleaved only; leave it out with search"),
+        ({"pipeline__memory": 1e-6}, "MiB"),
+    ):
+        with pytest.raises(UserError) as caught:
+            planned("untied", 2, pipeline__schedule="search", **settings)
+        assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_with_two_copies_of_a_stage_on_one_rank_is_refused(tmp_path: Path) -> None:
+    good = families.build("dualpipe", 2, 2, 3)
+    for where, chains in (((0, 1, 0, 1), "2 chains"), ((0, 1, 1, 0), "0 chains")):
+        file = tmp_path / "rows.txt"
+        rows = tuple(tuple(op for row in good.rows for op in row if where[op.stage] == rank) for rank in (0, 1))
+        head, *rest = str(replace(good, rows=rows, placement=where)).splitlines()
+        file.write_text("\n".join([head.replace("2 chains", chains), *rest]) + "\n", encoding="utf-8")
+        with pytest.raises(UserError, match=r"^pipeline\.schedule: ") as caught:
+            planned("untied", 2, pipeline__schedule=f"file:{file}")
+        assert "every copy needs a rank of its own" in str(caught.value) or chains == "0 chains"
