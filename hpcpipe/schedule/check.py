@@ -162,7 +162,7 @@ class _Proof:
             row = rows[state[slot]]
             raise self.error(row, f"ends the step with a message under way in {self.place(slot)}")
         last[at[writes]] = tensor[writes]
-        is_loss = np.isin(self.table[:, 1], [s for s in range(self.stages) if not self._sends_on(s)])
+        is_loss = np.isin(self.table[:, 1], self._last_stages())
         forward = np.flatnonzero((self.table[:, 0] == 0) & is_loss & (self.slot[:, POOLS.index("Y")] >= 0))
         y = np.full(len(forward), POOLS.index("Y"))
         made = self.tensor(y, self.table[forward, 1], self.table[forward, 2])
@@ -172,9 +172,9 @@ class _Proof:
             where = self.place(slot[i])
             raise self.error(forward[i], f"ends the step without {self.named(made[i])}: {where} holds {held}")
 
-    def _sends_on(self, stage: int) -> bool:
-        """Whether a stage hands its output to another: it is sent, or lies in the next stage's X."""
-        return bool(((self.owner == stage + 1) & (self.pool == POOLS.index("X"))).any())
+    def _last_stages(self) -> Array:
+        """Stages whose output no other takes: it is neither sent nor does it lie in the next stage's X."""
+        return np.setdiff1d(np.arange(self.stages), self.owner[self.pool == POOLS.index("X")] - 1)
 
     # --- messages
 

@@ -324,7 +324,9 @@ class _Lowering:
         again = np.flatnonzero(lease.before >= 0)
         before = lease.before[again]
         wait = self._rows(lease.start[again], RELEASE, 0, "WAIT", edge.stage, lease.micro[before])
-        left = np.setdiff1d(np.arange(len(lease.micro)), before)
+        waited = np.zeros(len(lease.micro), bool)
+        waited[before] = True
+        left = np.flatnonzero(~waited)
         ends = np.full(len(left), len(self.schedule.rows[rank]))
         last = self._rows(ends, RELEASE, lease.start[left] * 2 * MAX_TAG + tie, "WAIT", edge.stage, lease.micro[left])
         for rows, slots in ((send, lease.slot), (wait, lease.slot[before]), (last, lease.slot[left])):
