@@ -228,7 +228,7 @@ class _Breeding:
                     break
                 begin = crowd.end[j] - shape.cost[:-2, None]
                 self.best[i].append(_Member(score[j], time[j], part[j], begin, crowd.turn[j].copy()))
-            by_score = {round(member.score / shape.mean, 6): member for member in reversed(self.best[i])}
+            by_score = {round(member.score / shape.mean, 6): member for member in self.best[i]}
             self.best[i] = sorted(by_score.values(), key=lambda member: member.score)[:PARENTS]
 
     # --- changes: all of them from numbers between 0 and 1, which are the same in every version of Python
