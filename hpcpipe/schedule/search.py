@@ -27,6 +27,7 @@ OPS = 4_000_000  # ops that one search runs over all candidates: about 4 s
 LEAST, MOST = 40, 4_000  # candidates of a search
 WIDTH = 8_192  # candidates times passes of all ranks that are run at once: numpy at its best
 PARENTS = 4  # of the next generation
+APART = 4  # pools of each placement
 
 
 def search(
@@ -139,7 +140,6 @@ def _regular(shape: Shape) -> list[Candidate]:
 
     From stage to stage F and B take 1, 1.5, 2 or 3 times their length, in each half of the chain: long stays hold many
     microbatches and wait for nothing. (1.5, 1.5) is 1F1B, (3, 3) is ZB-H2; (1, 1) on a V is ZB-V, (2, 1) is V-Half.
-    Where ranks have several stages, microbatches also come in groups, as in interleaved schedules.
     """
     paces = (1.0, 1.5, 2.0, 3.0)
     even = [(f, f, b, b) for f, b in product(paces, paces)]
@@ -148,33 +148,22 @@ def _regular(shape: Shape) -> list[Candidate]:
     w = shape.cost[2 * shape.stages : 3 * shape.stages].max()
 
     def strict(fours: Sequence[tuple[float, ...]]) -> list[Candidate]:
-        return [Candidate(_paced(shape, four), 0.5 * w, True) for four in fours]
+        return [Candidate(_paced(shape, *four), 0.5 * w, True) for four in fours]
 
-    loose = [Candidate(_paced(shape, four, owed), 0.0, False) for four in even for owed in (1.0, 3.0 * shape.ranks)]
-    sizes = {2, shape.ranks} if shape.each > 1 else set[int]()
-    grouped = [
-        Candidate(_paced(shape, four, group=size), patience, strictly)
-        for size in sorted(sizes)
-        for four in even
-        for patience, strictly in ((0.5 * w, True), (0.0, False))
-    ]
-    return strict(even) + strict(same) + loose + grouped + strict(other)
+    loose = [Candidate(_paced(shape, *four, owed), 0.0, False) for four in even for owed in (1.0, 3.0 * shape.ranks)]
+    return strict(even) + strict(same) + loose + strict(other)
 
 
-def _paced(shape: Shape, paces: tuple[float, ...], owed: float = 0.0, group: int = 1) -> Array:
-    """Due times of all ops; a W is due ``owed`` times the length of its B after it.
-
-    Microbatches of a group follow each other as if a rank had one stage.
-    """
-    n, message, (f, then_f, b, then_b) = shape.stages, shape.costs.message, paces
+def _paced(shape: Shape, f: float, then_f: float, b: float, then_b: float, owed: float = 0.0) -> Array:
+    """Due times of all ops; a W is due ``owed`` times the length of its B after it."""
+    n, message = shape.stages, shape.costs.message
     first = np.arange(n) < n / 2
     each_f = shape.cost[:n] * np.where(first, f, then_f) + message
     each_b = shape.cost[n : 2 * n] * np.where(first, then_b, b) + message
     at_f = np.cumsum(each_f) - each_f
     at_b = at_f[-1] + each_f[-1] + (np.cumsum(each_b[::-1]) - each_b[::-1])[::-1]
     at = np.concatenate([at_f, at_b, at_b + owed * shape.cost[n : 2 * n]])
-    which, within = np.divmod(np.arange(shape.micros), group)
-    return np.asarray(at[:, None] + max(shape.work) / shape.micros * (which * group + within / shape.each))
+    return np.asarray(at[:, None] + max(shape.work) / shape.micros * np.arange(shape.micros))
 
 
 def _as_it_runs(shape: Shape, schedule: Schedule) -> list[Candidate]:
@@ -185,63 +174,73 @@ def _as_it_runs(shape: Shape, schedule: Schedule) -> list[Candidate]:
     return [Candidate(due, patience, strict) for patience in (0.0, 0.5 * w) for strict in (True, False)]
 
 
+class _Pool:
+    """The best candidates of a placement so far, none as good as another."""
+
+    def __init__(self, shape: Shape, closely: bool, room: int = PARENTS, members: Sequence[_Member] = ()) -> None:
+        self.shape, self.closely, self.room, self.members = shape, closely, room, list(members)
+        self.width = max(4, min(128, WIDTH // shape.passes.size))  # candidates of one generation
+
+    def enter(self, candidates: Sequence[Candidate]) -> int:
+        """Runs candidates, some at once, and keeps the best; how many there were."""
+        for first in range(0, len(candidates), self.width):
+            part = candidates[first : first + self.width]
+            cutoff = self.members[-1].score if len(self.members) == self.room else np.inf
+            crowd = Crowd(self.shape, part, cutoff, self.closely)
+            score, time = _scores(self.shape, crowd.end, self.closely)
+            for j in np.argsort(score, kind="stable")[: self.room].tolist():
+                if score[j] < np.inf:
+                    begin = crowd.end[j] - self.shape.cost[:-2, None]
+                    self.members.append(_Member(score[j], time[j], part[j], begin, crowd.turn[j].copy()))
+            by_score = {round(member.score / self.shape.mean, 6): member for member in self.members}
+            self.members = sorted(by_score.values(), key=lambda member: member.score)[: self.room]
+        return len(candidates)
+
+    def split(self, count: int) -> list[_Pool]:
+        """Several, each with members of its own."""
+        parts = [self.members[i::count] for i in range(min(count, len(self.members)))]
+        return [_Pool(self.shape, self.closely, PARENTS, part) for part in parts]
+
+
 class _Breeding:
-    """The best few candidates of each placement, and how better ones are made from them."""
+    """How better candidates are made: in pools apart for a while, since what leads early seldom does in the end."""
 
     def __init__(self, shapes: list[Shape], start: Sequence[Schedule], closely: bool) -> None:
         self.shapes, self.closely = shapes, closely
         self.draw = Random(0).random
-        self.best: list[list[_Member]] = [[] for _ in shapes]
+        self.pools: list[_Pool] = []
         ops = 3 * shapes[0].stages * shapes[0].micros
-        self.runs = min(MOST, max(LEAST, OPS // ops, min(200, 10_000_000 // ops)))
-        first = 2 * self.runs // 3 // len(shapes)
-        for i, shape in enumerate(shapes):
+        runs = min(MOST, max(LEAST, OPS // ops, min(200, 10_000_000 // ops)))
+        apart, first = APART if runs >= 1000 else 1, 2 * runs // 3 // len(shapes)
+        left = runs
+        for shape in shapes:
             known = [one for s in start if s.placement == shape.placement for one in _as_it_runs(shape, s)]
-            self._enter(i, known + _regular(shape)[: max(0, first - len(known))])
-        alone, turn = 2 * self.runs // 3, 0
-        while self.runs > 0 and not self._perfect():
-            # A while for every placement in turn, then for the best.
-            turn = (turn + 1) % len(shapes) if self.runs > alone else self._leader()
-            self._enter(turn, [self._child(self.shapes[turn], self.best[turn]) for _ in range(self._width(turn))])
+            pool = _Pool(shape, closely, PARENTS * apart)
+            left -= pool.enter(known + _regular(shape)[: max(0, first - len(known))])
+            self.pools += pool.split(apart)
+        turn, alone = 0, left // 3
+        while left > 0 and not self._perfect():
+            turn += 1
+            pool = self.pools[turn % len(self.pools)] if left > alone else self._leader()
+            left -= pool.enter([self._child(pool.shape, pool.members) for _ in range(pool.width)])
 
     def schedules(self, hold: Sequence[float], limit: Sequence[float]) -> list[Schedule]:
-        """The best of each placement."""
+        """The best of each pool."""
         found = []
-        for shape, members in zip(self.shapes, self.best, strict=True):
-            schedule = shape.schedule(NAME, members[0].turn)
+        for pool in self.pools:
+            schedule = pool.shape.schedule(NAME, pool.members[0].turn)
             validate(schedule)
             if _fits(schedule, hold, limit):
                 found.append(schedule)
         return found
 
-    def _leader(self) -> int:
-        return min(range(len(self.shapes)), key=lambda i: self.best[i][0].score)
+    def _leader(self) -> _Pool:
+        return min(self.pools, key=lambda pool: pool.members[0].score)
 
     def _perfect(self) -> bool:
         """Whether no placement can do better than the best found: some rank works all the time that it can."""
-        time = min(members[0].time for members in self.best)
+        time = min(pool.members[0].time for pool in self.pools)
         return all(time <= _bound(shape, self.closely) * SLACK for shape in self.shapes)
-
-    def _width(self, i: int) -> int:
-        """Candidates of one generation."""
-        return max(4, min(128, WIDTH // self.shapes[i].passes.size))
-
-    def _enter(self, i: int, candidates: Sequence[Candidate]) -> None:
-        """Runs candidates, some at once, and keeps the best."""
-        shape, width = self.shapes[i], self._width(i)
-        for first in range(0, len(candidates), width):
-            part = candidates[first : first + width]
-            cutoff = self.best[i][-1].score if len(self.best[i]) == PARENTS else np.inf
-            crowd = Crowd(shape, part, cutoff, self.closely)
-            score, time = _scores(shape, crowd.end, self.closely)
-            self.runs -= len(part)
-            for j in np.argsort(score, kind="stable")[:PARENTS].tolist():
-                if score[j] == np.inf:
-                    break
-                begin = crowd.end[j] - shape.cost[:-2, None]
-                self.best[i].append(_Member(score[j], time[j], part[j], begin, crowd.turn[j].copy()))
-            by_score = {round(member.score / shape.mean, 6): member for member in self.best[i]}
-            self.best[i] = sorted(by_score.values(), key=lambda member: member.score)[:PARENTS]
 
     # --- changes: all of them from numbers between 0 and 1, which are the same in every version of Python
 
