@@ -146,8 +146,9 @@ class Steps:
         each = self.parts / job.link.size
         if pending.guessed:
             each[PARTS.index("optimizer")] += pending.whole - pending.before  # the guess
-        else:  # the sum is where the fast wait for the slow
-            each[PARTS.index("cooldown")] += pending.before + waited - each.sum()
+        else:  # the sum is where the fast wait for the slow; ranks do not begin at the same moment to the microsecond
+            cooldown = PARTS.index("cooldown")
+            each[cooldown] = max(each[cooldown] + pending.before + waited - each.sum(), 0.0)
         rank = int(self.waits.argmax()) if self._aside else 0
         wait = Wait(float(self.waits[rank]), _named(self.ops[rank])) if self._aside else Wait(0.0, "")
         loss = float(self.losses.sum()) / job.plan.tokens
