@@ -250,7 +250,7 @@ class LocalLink:
         raise_agreed(self._meet(error))
 
     def abort(self, message: str) -> NoReturn:
-        print(f"rank {self.rank}: {message}", file=sys.stderr, flush=True)
+        print(f"rank {self.rank}: {message}\n", end="", file=sys.stderr, flush=True)
         ended = SystemExit(1)
         self.world.fail(ended)
         raise ended

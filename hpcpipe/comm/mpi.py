@@ -248,7 +248,7 @@ class MpiLink:
 
     def abort(self, message: str) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
-            print(f"rank {self.rank}: {message}", file=sys.stderr, flush=True)
+            print(f"rank {self.rank}: {message}\n", end="", file=sys.stderr, flush=True)
         last = threading.Timer(PATIENCE, os._exit, (1,))  # the launcher ends the others when a rank is gone
         last.daemon = True
         last.start()

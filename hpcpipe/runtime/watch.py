@@ -184,4 +184,5 @@ class _Still:
 
 def _print(sentence: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
-        print(sentence, file=sys.stderr, flush=True)
+        # One write: a line and its end written apart mix with what another thread says.
+        print(f"{sentence}\n", end="", file=sys.stderr, flush=True)
