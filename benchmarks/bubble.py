@@ -3,7 +3,7 @@
     python -m benchmarks.bubble [--quick] [--json FILE] [--schedules NAME…] [--only table|early|link]
 
 Two ranks compute; four ranks, more than most desks have cores for, are paced: each pass sleeps as long as its share of
-the FLOPs says. The prediction is the schedule replayed with passes measured before the first step. The second table
+the FLOPs says. The prediction is the schedule replayed with passes measured just before and after. The second table
 shows steps that wait for the norm of the whole gradient beside steps that do not. The third delays every message by
 half a pass, over shared memory and over TCP, in turn with runs that delay nothing.
 """
@@ -26,6 +26,7 @@ from hpcpipe.schedule.families import SCHEDULES, default_stages
 
 PACE = 0.01  # seconds of a pass in paced runs, on average
 DELAY, LINKED = 0.5 * PACE, 64  # seconds that a message takes longer, and microbatches, in runs over a slow link
+ROUND = 5  # steps between two rehearsals; the first one of them is not counted
 TRANSPORTS = {"shared memory": "self,sm", "TCP": "self,tcp"}
 
 
@@ -61,7 +62,7 @@ def table(names: Sequence[str], rounds: int, steps: int, found: list[dict[str, A
           f"{'bubble':>15}  exposed  warm-up  steady  cool-down  optimizer  other, % of the step")  # fmt: skip
     for ranks, pace in ((2, 0.0), (4, PACE)):
         for name in names:
-            turns = [ask(ranks, name, steps, pace) for _ in range(rounds)]
+            turns = ask(ranks, name, ROUND, pace, rounds=2 * rounds)
             found.append({"schedule": name, "ranks": ranks, "pace": pace, "turns": turns})
             show(name, ranks, pace, turns)
 
@@ -84,7 +85,7 @@ def early(names: Sequence[str], rounds: int, steps: int, found: list[dict[str, A
     """The update on a guess beside the update that waits for the slowest rank."""
     print("\n4 paced ranks: idle share of a step, as (time between steps - compute) / time between steps")
     for name in names:
-        pairs = [[ask(4, name, steps, PACE, early=early) for early in (False, True)] for _ in range(rounds)]
+        pairs = [[ask(4, name, steps, PACE, early=early)[0] for early in (False, True)] for _ in range(rounds)]
         found.append({"schedule": name, "pairs": pairs})
         idle = [[100 * (1 - turn["parts"]["compute"] / turn["between"]) for turn in pair] for pair in pairs]
         faster = [100 * (1 - guess["between"] / wait["between"]) for wait, guess in pairs]
@@ -101,7 +102,7 @@ def link(names: Sequence[str], rounds: int, steps: int, found: list[dict[str, An
             for name in names:
                 pairs = [
                     [
-                        ask(ranks, name, steps, PACE, late, modules, LINKED // SCHEDULES[name].chains)
+                        ask(ranks, name, steps, PACE, late, modules, LINKED // SCHEDULES[name].chains)[0]
                         for late in (0.0, DELAY)
                     ]
                     for _ in range(max(rounds // 2, 1))
@@ -122,11 +123,12 @@ def ask(
     transport: str = "",
     micros: int = 0,
     early: bool | None = None,
-) -> dict[str, Any]:
-    """One run of its own."""
+    rounds: int = 1,
+) -> list[dict[str, Any]]:
+    """The rounds of one run of its own."""
     asked = {
-        "schedule": name, "steps": steps, "pace": pace, "delay": delay, "micros": micros or 4 * ranks, "microbatch": 2,
-        "stages": default_stages(name, ranks), "early": early,
+        "schedule": name, "steps": steps, "rounds": rounds, "pace": pace, "delay": delay, "early": early,
+        "micros": micros or 4 * ranks, "microbatch": 2, "stages": default_stages(name, ranks),
     }  # fmt: skip
     environment = os.environ | ({"OMPI_MCA_btl": transport, "OMPI_MCA_pml": "ob1"} if transport else {})
     command = [launcher(), "-n", str(ranks), sys.executable, "-m", "benchmarks.bubble_rank", json.dumps(asked)]
@@ -134,8 +136,8 @@ def ask(
     answers = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith('{"')]
     if done.returncode or not answers:
         raise SystemExit(f"benchmarks.bubble: {name} on {ranks} ranks failed: {(done.stdout + done.stderr)[-800:]}")
-    answer: dict[str, Any] = json.loads(answers[-1])
-    return answer
+    turns: list[dict[str, Any]] = json.loads(answers[-1])["turns"]
+    return turns
 
 
 if __name__ == "__main__":

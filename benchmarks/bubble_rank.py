@@ -1,6 +1,8 @@
 """One rank of the bubble benchmark, under mpirun: a short run of which rank 0 prints what was predicted and measured.
 
-    mpirun -n P python -m benchmarks.bubble_rank '{"schedule": "zb_v", "steps": 12, "pace": 0.01, "delay": 0.0}'
+    mpirun -n P python -m benchmarks.bubble_rank '{"schedule": "zb_v", "steps": 5, "rounds": 3, "pace": 0.01, ...}'
+
+A round is a few steps between two rehearsals, whose mean is its prediction: a machine changes its speed within seconds.
 
 ``pace`` > 0 replaces every pass by a sleep (F, B and W of a rank's layers take that many seconds each): then more ranks
 than cores can be alone on their device, as they are on a cluster. ``delay`` seconds are added to every message.
@@ -33,7 +35,7 @@ from hpcpipe.runtime import executor
 from hpcpipe.steps import Steps
 
 PORTIONS = 4  # of a pass
-SHAPES = {"real": "8,8,256,128,{},4096", "paced": "14,4,128,256,{},128"}  # sequences: those of all microbatches
+SHAPES = {"real": "8,8,192,128,{},1024", "paced": "14,4,128,256,{},128"}  # sequences: those of all microbatches
 
 
 class PacedBackend(ReferenceBackend):
@@ -134,25 +136,37 @@ def run(link: Any, folder: Path, shape: Any, asked: dict[str, Any]) -> dict[str,
     try:
         training = Training(config, link)
     except UserError as error:
-        return {"refused": str(error)}
+        return {"turns": [{"refused": str(error)}]}
+    told: list[tuple[float, float, Any]] = []
     training.begin(rehearse(training))
-    steps, told = Steps(training), []
     training.tell = lambda step, seconds, values: told.append((time.perf_counter(), seconds, values))
-    for step in range(asked["steps"]):
-        steps.run(step, False)
-    steps.settle()
-    kept = told[2:]
-    seconds = np.median([s for _, s, _ in kept]), np.median(np.diff([at for at, _, _ in kept]))
-    parts = {name: float(np.median([v["parts"][name] for _, _, v in kept])) for name in kept[0][2]["parts"]}
+    turns = []
+    for number in range(asked["rounds"]):
+        told.clear()
+        steps = Steps(training)
+        for step in range(number * asked["steps"], (number + 1) * asked["steps"]):
+            steps.run(step, False)
+        steps.settle()
+        turns.append(turn(told[1:]) | {"early": training.plan.early})
+        training.predicted = rehearse(training)
+        after = Steps(training).expected + training.optimizer_seconds
+        turns[-1]["predicted"] = (turns[-1]["predicted"] + after) / 2
+    return {"turns": turns}
+
+
+def turn(told: Sequence[tuple[float, float, Any]]) -> dict[str, Any]:
+    """Medians over steps: seconds, time from one step to the next, shares, parts."""
+    values = [v for *_, v in told]
+    middle = {key: float(np.median([v[key] for v in values])) for key in ("predicted_seconds", "bubble")}
+    parts = {name: float(np.median([v["parts"][name] for v in values])) for name in values[0]["parts"]}
     return {
-        "predicted": float(np.median([v["predicted_seconds"] for _, _, v in kept])),
-        "measured": float(seconds[0]),
-        "between": float(seconds[1]),
+        "predicted": middle["predicted_seconds"],
+        "measured": float(np.median([seconds for _, seconds, _ in told])),
+        "between": float(np.median(np.diff([at for at, *_ in told]))),
         "ideal": parts["compute"] + parts["optimizer"],
-        "predicted_bubble": kept[0][2]["predicted_bubble"],
-        "bubble": float(np.median([v["bubble"] for _, _, v in kept])),
+        "predicted_bubble": values[0]["predicted_bubble"],
+        "bubble": middle["bubble"],
         "parts": parts,
-        "early": training.plan.early,
     }
 
 

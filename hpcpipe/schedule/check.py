@@ -1,37 +1,45 @@
 """What is proven of all ranks' programs together before anything is launched.
 
 Messages have rendezvous semantics: a send is over only when its receive has been posted, and a WAIT blocks until its
-message is over. Three proofs, each over the tables as a whole: every slot holds what is read, and is at rest when it is
+message is over. Four proofs, each over the tables as a whole: every op is there once, weight gradients are summed in
+the order of the microbatches and reduced when all are in; every slot holds what is read, and is at rest when it is
 written; every channel carries the same tensors in the same order on both sides; and the waits have an order, so that
 nobody waits for ever. The first offence is told in words.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hpcpipe.schedule.op import KINDS, ScheduleError
+from hpcpipe.schedule.op import KINDS, Op, ScheduleError
 from hpcpipe.schedule.program import COLUMNS, DO, POOLS, Edge, Program, Slot, words
 
 Array = npt.NDArray[Any]
 
-SEND, POST, WAIT = (DO.index(do) for do in ("SEND", "POST", "WAIT"))
+SEND, POST, WAIT, REDUCE = (DO.index(do) for do in ("SEND", "POST", "WAIT", "REDUCE"))
 WRITES = {"F": ("Y", "SAVED", "KEPT"), "B": ("DX", "OWED"), "W": ()}
 WRITTEN = np.array([[pool in WRITES[kind] for pool in POOLS] for kind in KINDS])
 NOTHING = -1
-# A stage's X is the Y of the one before, its DY the DX of the one after.
-STEP = np.array([{"X": -1, "DY": 1}.get(pool, 0) for pool in POOLS])
-MADE_AS = np.array([POOLS.index({"X": "Y", "DY": "DX"}.get(pool, pool)) for pool in POOLS])
+# What a pool adds to the number of a tensor: a stage's X is the Y of the one before, its DY the DX of the one after.
+MEANT = np.array(
+    [
+        len(POOLS) * (1 + {"X": -1, "DY": 1}.get(pool, 0)) + POOLS.index({"X": "Y", "DY": "DX"}.get(pool, pool))
+        for pool in POOLS
+    ],
+    np.int32,
+)
 
 
 def check(programs: Sequence[Program]) -> None:
     """Raises ScheduleError, in words, unless the programs come to their end together and slots hold what is read."""
     proof = _Proof(programs)
+    proof.ops()
     proof.slots()
     proof.channels()
     proof.order()
@@ -45,6 +53,9 @@ class _Proof:
         self.programs = programs
         self.stages = 1 + max((stage for p in programs for stage, _ in p.counts), default=0)
         lengths = [len(p.table) for p in programs]
+        most = 1 + max((int(p.table[:, 2].max(initial=-1)) for p in programs), default=0)
+        # Of tensors' numbers, from one microbatch to the next; of four bytes where all numbers fit into them.
+        self.unit = np.min_scalar_type(-len(POOLS) * (self.stages + 2) * most * 2).type(self.stages + 2)
         self.table = np.concatenate([*(p.table for p in programs), np.zeros((0, COLUMNS), np.int32)])
         self.rank = np.repeat(np.arange(len(programs)), lengths)
         self.first = np.cumsum([0, *lengths])
@@ -61,15 +72,13 @@ class _Proof:
         ]
         counts = [count for p in programs for count in p.counts.values()]
         columns = np.repeat(np.array(keys, np.int32).reshape(-1, 5), counts, axis=0)
-        self.pool, self.owner, self.direction, self.peer, self.tag = columns.T
+        self.pool, self.owner, self.direction, self.peer, self.tag = np.ascontiguousarray(columns.T)
         self.number = np.arange(len(columns)) - np.repeat(np.cumsum([0, *counts])[:-1], counts)
 
     # --- tensors: what a stage means by its pool, as a number; an X is the Y it came from, a DY the DX
 
     def tensor(self, pool: Array, stage: Array, micro: Array) -> Array:
-        owner = stage + STEP[pool]
-        kind = MADE_AS[pool]
-        return np.asarray((micro * (self.stages + 2) + owner + 1) * len(POOLS) + kind)
+        return np.asarray((micro * self.unit + stage) * len(POOLS) + MEANT[pool])
 
     def place(self, slot: int) -> str:
         """A slot in words."""
@@ -80,6 +89,39 @@ class _Proof:
         rest, pool = divmod(int(tensor), len(POOLS))
         micro, owner = divmod(rest, self.stages + 2)
         return f"{POOLS[pool]} of stage {owner - 1}, microbatch {micro}"
+
+    # --- ops
+
+    def ops(self) -> None:
+        """Every stage, at home on one rank, has each op once, its Ws in order, then its REDUCE; or forwards alone."""
+        do, stage, micro = self.table[:, :3].T.astype(np.int64)
+        trains = bool((((do > 0) & (do < len(KINDS))) | (do == REDUCE)).any())
+        rows = np.flatnonzero(do < len(KINDS))
+        shape = len(KINDS) if trains else 1, self.stages, int(micro[rows].max(initial=-1)) + 1
+        key = np.ravel_multi_index((do[rows], stage[rows], micro[rows]), shape)
+        self._once(key, rows, shape, lambda i: str(_op(np.unravel_index(i, shape))))
+        home = np.zeros(self.stages, np.int64)
+        home[stage[rows]] = self.rank[rows]
+        for row in rows[home[stage[rows]] != self.rank[rows]][:1]:
+            raise self.error(row, f"does {_op(self.table[row])}, but stage {stage[row]} is on rank {home[stage[row]]}")
+        if not trains:
+            return
+        found = np.flatnonzero(do == KINDS.index("W"))
+        weights = found[np.argsort(stage[found], kind="stable")].reshape(self.stages, -1)
+        for row in weights[:, 1:][np.diff(micro[weights]) < 0][:1]:
+            raise self.error(row, f"sums {_op(self.table[row])} after a later microbatch")
+        sums = np.flatnonzero(do == REDUCE)
+        self._once(stage[sums], sums, (self.stages,), lambda i: f"the REDUCE of stage {i}")
+        for row in sums[(sums < weights[stage[sums], -1]) | (home[stage[sums]] != self.rank[sums])][:1]:
+            raise self.error(row, f"has the REDUCE of stage {stage[row]} before the last of its Ws, or without them")
+
+    def _once(self, key: Array, rows: Array, shape: tuple[int, ...], name: Callable[[int], str]) -> None:
+        """Every key is there once."""
+        times = np.bincount(key, minlength=math.prod(shape))
+        for i in np.flatnonzero(times > 1)[:1].tolist():
+            raise self.error(rows[np.flatnonzero(key == i)[1]], f"has {name(i)} once more")
+        for i in np.flatnonzero(times == 0)[:1].tolist():
+            raise ScheduleError(f"no rank has {name(i)}")
 
     # --- slots
 
@@ -93,16 +135,16 @@ class _Proof:
 
     def slots(self) -> None:
         """Reads find what was written last; what is on its way is left alone; waits are for something."""
-        row, column = np.nonzero(self.slot[:, :-1] >= 0)
-        compute = self.table[row, 0] < len(KINDS)
-        row, column = row[compute], column[compute]
-        rows, what = np.concatenate([row, self.messages]), np.concatenate([column, self.messages * 0 + len(POOLS)])
-        at = self.slot[rows, what]
-        order = np.argsort(at.astype(np.int64) * len(self.table) + rows, kind="stable")
-        rows, what, at = rows[order], what[order], at[order]
-        do, mine = self.table[rows, 0], what < len(POOLS)
+        _ = self.messages  # all have a slot
+        used = np.flatnonzero(self.slot >= 0)  # row by row; messages have the last column, ops the others
+        order = np.argsort(self.slot.ravel()[used], kind="stable")
+        used, width = used[order], len(POOLS) + 1
+        rows, at = used // width, self.slot.ravel()[used]
+        what = (used - width * rows).astype(np.int32)
+        do, stage, micro = (column[rows] for column in np.ascontiguousarray(self.table[:, :3].T))
+        mine = what < len(POOLS)
         writes = mine & WRITTEN[np.minimum(do, len(KINDS) - 1), np.minimum(what, len(POOLS) - 1)]
-        tensor = self.tensor(np.where(mine, what, self.pool[at]), self.table[rows, 1], self.table[rows, 2])
+        tensor = self.tensor(np.where(mine, what, self.pool[at]), stage, micro)
         fresh = np.append(True, at[1:] != at[:-1])
         group = np.maximum.accumulate(np.where(fresh, np.arange(len(at)), 0))
 
@@ -242,6 +284,11 @@ class _Proof:
 
 def _channel(edge: Edge | None) -> tuple[int, int, int]:
     return (0, NOTHING, NOTHING) if edge is None else (1 if edge.direction == "send" else 2, edge.peer, edge.tag)
+
+
+def _op(row: Sequence[Any]) -> Op:
+    """An op from the first three numbers of its row."""
+    return Op(KINDS[int(row[0])], int(row[1]), int(row[2]))
 
 
 def _before(marked: Array, group: Array) -> Array:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 Kind = Literal["F", "B", "W"]
 KINDS: tuple[Kind, ...] = ("F", "B", "W")
@@ -62,7 +62,8 @@ class Schedule:
     """What every rank does, in which order. ``placement[stage]`` is the rank that owns the stage.
 
     With ``chains`` > 1 the ranks hold that many copies of the model, like replicas that share ranks: stages
-    c depth, ..., c depth + depth - 1 are copy c, and each copy sees ``micros`` microbatches of its own.
+    c depth, ..., c depth + depth - 1 are copy c, and each copy sees ``micros`` microbatches of its own. ``proofs`` is
+    what ``replay.validate`` has found, by kinds of ops: it is not looked for twice.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Schedule:
     placement: tuple[int, ...]
     micros: int
     chains: int = 1
+    proofs: dict[tuple[Kind, ...], Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
     def stages(self) -> int:

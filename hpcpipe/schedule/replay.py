@@ -139,6 +139,13 @@ def validate(schedule: Schedule, kinds: Sequence[Kind] = KINDS) -> Walk:
     exactly once, on its stage's rank, after what it needs, and the W of each stage run in microbatch order (so that all
     schedules add the same numbers in the same order).
     """
+    if tuple(kinds) not in schedule.proofs:
+        schedule.proofs[tuple(kinds)] = _validated(schedule, kinds)
+    walk: Walk = schedule.proofs[tuple(kinds)]
+    return walk
+
+
+def _validated(schedule: Schedule, kinds: Sequence[Kind]) -> Walk:
     name, placement = schedule.name, schedule.placement
     if schedule.chains < 1 or sorted({*placement}) != [*range(schedule.ranks)] or len(placement) % schedule.chains:
         raise ScheduleError(

@@ -290,7 +290,11 @@ def changed_programs(programs, rng):
     program = programs[rank]
     rows = list(program.instructions)
     messages = [n for n, i in enumerate(rows) if is_message(i)]
-    what = rng.choice(("dropped", "doubled", "moved", "moved", "another slot", "another slot"))
+    ops = [n for n, i in enumerate(rows) if not is_message(i)]
+    what = rng.choice(("dropped", "doubled", "moved", "moved", "another slot", "another slot", "reduced", "worked"))
+    if what in ("reduced", "worked"):  # the same to an op, or to a REDUCE
+        messages = [n for n in ops if (rows[n].kind == "REDUCE") == (what == "reduced")]
+        what = rng.choice(("dropped", "doubled", "moved"))
     if what == "another slot":
         at = rng.randrange(len(rows))
         other = another_slot(program, rows[at], rng)
