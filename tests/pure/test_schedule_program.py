@@ -237,6 +237,7 @@ def test_two_messages_of_an_edge_in_the_wrong_order_are_found(kind):
 def test_a_deadlock_is_told_in_words():
     """Both ranks wait for the other's message before they send their own."""
     x, y, dy, dx = Slot(1, "X", 0), Slot(0, "Y", 0), Slot(0, "DY", 0), Slot(1, "DX", 0)
+    nothing = (None,) * len(POOLS)
     first = Program.of(
         0,
         (
@@ -244,6 +245,10 @@ def test_a_deadlock_is_told_in_words():
             Instruction("WAIT", 0, 0, slot=dy),
             Instruction("F", 0, 0, (None, y, None, None, None, None, None)),
             Instruction("SEND", 0, 0, slot=y),
+            Instruction("B", 0, 0, (None, None, dy, None, None, None, None)),
+            Instruction("W", 0, 0, nothing),
+            Instruction("REDUCE", 0, -1),
+            Instruction("WAIT", 0, 0, slot=y),
         ),
         {(0, "Y"): 1, (0, "DY"): 1},
         (Edge(0, "Y", 1, 0, "send"), Edge(0, "DY", 1, 1, "recv")),
@@ -253,8 +258,12 @@ def test_a_deadlock_is_told_in_words():
         (
             Instruction("POST", 1, 0, slot=x),
             Instruction("WAIT", 1, 0, slot=x),
+            Instruction("F", 1, 0, (x, None, None, None, None, None, None)),
             Instruction("B", 1, 0, (None, None, None, dx, None, None, None)),
             Instruction("SEND", 1, 0, slot=dx),
+            Instruction("W", 1, 0, nothing),
+            Instruction("REDUCE", 1, -1),
+            Instruction("WAIT", 1, 0, slot=dx),
         ),
         {(1, "X"): 1, (1, "DX"): 1},
         (Edge(1, "X", 0, 0, "recv"), Edge(1, "DX", 0, 1, "send")),
@@ -263,7 +272,7 @@ def test_a_deadlock_is_told_in_words():
         check((first, second))
     assert str(error.value).splitlines() == [
         "deadlock: no rank can go on",
-        "  rank 0 waits for B1.0 from rank 1 (rank 1 is at B1.0)",
+        "  rank 0 waits for B1.0 from rank 1 (rank 1 is at F1.0)",
         "  rank 1 waits for F0.0 from rank 0 (rank 0 is at F0.0)",
     ]
 
