@@ -263,8 +263,9 @@ def microbatches(train: TrainConfig, replicas: int) -> int:
         down, up = train.batch // share * share, (train.batch // share + 1) * share
         nearest = f"{down} or {up}" if down else str(up)
         raise UserError(
-            f"train.batch = {train.batch} sequences cannot be shared by {replicas} replica{'s' * (replicas > 1)} "
-            f"in microbatches of {train.microbatch}; make train.batch a multiple of {share}, for example {nearest}"
+            f"train.batch = {train.batch} sequences cannot be shared by {replicas} "
+            f"cop{'ies' if replicas > 1 else 'y'} of the model in microbatches of {train.microbatch}; "
+            f"make train.batch a multiple of {share}, for example {nearest}"
         )
     return train.batch // share
 

@@ -25,7 +25,7 @@ def train(config: Config, link: Link) -> float:
     job = Job(config, link)
     job.begin(rehearse(job))
     steps = Steps(job)
-    with signals() as asked:
+    with signals() as asked, job.watch:
         if job.step == 0:
             job.evaluate(0)
         for step in range(job.step, job.config.train.steps):

@@ -239,7 +239,7 @@ def _costs(prices: Sequence[Cost], message: float) -> Costs:
 def _check_evaluation(config: Config, copies: int) -> None:
     if config.eval.every and config.eval.microbatches % copies:
         raise UserError(
-            f"eval.microbatches = {config.eval.microbatches} cannot be shared by {copies} replicas; "
+            f"eval.microbatches = {config.eval.microbatches} cannot be shared by {copies} copies of the model; "
             f"use a multiple of {copies}"
         )
 

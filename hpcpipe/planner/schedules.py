@@ -52,17 +52,20 @@ def _shape(pipeline: PipelineConfig, ranks: int) -> Shape:
     listed = len(pipeline.cut) if isinstance(pipeline.cut, tuple) else 0
     if pipeline.group and (name == SEARCH or name.startswith(FILE)):
         raise UserError(f"pipeline.group = {pipeline.group} is for interleaved only; leave it out with {name}")
+    if name == FILE:
+        raise UserError("pipeline.schedule is file: without a path; write file:PATH")
     if name.startswith(FILE):
         return _from_file(name.removeprefix(FILE), pipeline.stages or listed, ranks)
     if name == SEARCH:
         stages = pipeline.stages or listed or ranks
         if stages < ranks:
             raise UserError(
-                f"pipeline.schedule: {stages} stages cannot occupy {ranks} ranks; use at most {stages} ranks"
+                f"pipeline.schedule: {stages} stage{'s' * (stages > 1)} cannot occupy {ranks} ranks; "
+                f"use at most {stages} rank{'s' * (stages > 1)}"
             )
         return Shape(ranks, stages, families.consecutive(stages, ranks))
     if name not in families.SCHEDULES:
-        near = difflib.get_close_matches(name, [*families.SCHEDULES, SEARCH], n=1)
+        near = difflib.get_close_matches(name.lower(), [*families.SCHEDULES, SEARCH], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         known = ", ".join(families.SCHEDULES)
         raise UserError(f"pipeline.schedule is {name}, expected {known}, search or file:PATH{hint}")

@@ -57,6 +57,12 @@ class Watch:
         """Nothing is reported from here on."""
         self._stopped.set()
 
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
     def _every_tick(self, act: Callable[[float], None]) -> None:
         """Time that passes between two ticks counts up to five of them: a job that is suspended as a whole ages not."""
         now, last = 0.0, time.monotonic()

@@ -239,7 +239,8 @@ def _check(name: str, family: Family, stages: int, ranks: int, micros: int, grou
             f"use {ranks + 1}" + (f" or {ranks - 1}" if ranks > 1 else "")
         )
     if stages < ranks:
-        raise ScheduleError(f"{stages} stages cannot occupy {ranks} ranks; use at most {stages} ranks or more stages")
+        some = f"{stages} stage{'s' * (stages > 1)}"
+        raise ScheduleError(f"{some} cannot occupy {ranks} ranks; use {stages} rank{'s' * (stages > 1)} or more stages")
     if family.per_rank and stages != family.per_rank * ranks:
         each = "one stage" if family.per_rank == 1 else f"{family.per_rank} stages"
         raise ScheduleError(

@@ -140,6 +140,7 @@ def _regular(shape: Shape) -> list[Candidate]:
 
     From stage to stage F and B take 1, 1.5, 2 or 3 times their length, in each half of the chain: long stays hold many
     microbatches and wait for nothing. (1.5, 1.5) is 1F1B, (3, 3) is ZB-H2; (1, 1) on a V is ZB-V, (2, 1) is V-Half.
+    Where ranks have several stages, microbatches also come in groups, as in interleaved schedules.
     """
     paces = (1.0, 1.5, 2.0, 3.0)
     even = [(f, f, b, b) for f, b in product(paces, paces)]
@@ -148,22 +149,33 @@ def _regular(shape: Shape) -> list[Candidate]:
     w = shape.cost[2 * shape.stages : 3 * shape.stages].max()
 
     def strict(fours: Sequence[tuple[float, ...]]) -> list[Candidate]:
-        return [Candidate(_paced(shape, *four), 0.5 * w, True) for four in fours]
+        return [Candidate(_paced(shape, four), 0.5 * w, True) for four in fours]
 
-    loose = [Candidate(_paced(shape, *four, owed), 0.0, False) for four in even for owed in (1.0, 3.0 * shape.ranks)]
-    return strict(even) + strict(same) + loose + strict(other)
+    loose = [Candidate(_paced(shape, four, owed), 0.0, False) for four in even for owed in (1.0, 3.0 * shape.ranks)]
+    sizes = {2, shape.ranks} if shape.each > 1 else set[int]()
+    grouped = [
+        Candidate(_paced(shape, four, group=size), patience, strictly)
+        for size in sorted(sizes)
+        for four in even
+        for patience, strictly in ((0.5 * w, True), (0.0, False))
+    ]
+    return strict(even) + strict(same) + loose + grouped + strict(other)
 
 
-def _paced(shape: Shape, f: float, then_f: float, b: float, then_b: float, owed: float = 0.0) -> Array:
-    """Due times of all ops; a W is due ``owed`` times the length of its B after it."""
-    n, message = shape.stages, shape.costs.message
+def _paced(shape: Shape, paces: tuple[float, ...], owed: float = 0.0, group: int = 1) -> Array:
+    """Due times of all ops; a W is due ``owed`` times the length of its B after it.
+
+    Microbatches of a group follow each other as if a rank had one stage.
+    """
+    n, message, (f, then_f, b, then_b) = shape.stages, shape.costs.message, paces
     first = np.arange(n) < n / 2
     each_f = shape.cost[:n] * np.where(first, f, then_f) + message
     each_b = shape.cost[n : 2 * n] * np.where(first, then_b, b) + message
     at_f = np.cumsum(each_f) - each_f
     at_b = at_f[-1] + each_f[-1] + (np.cumsum(each_b[::-1]) - each_b[::-1])[::-1]
     at = np.concatenate([at_f, at_b, at_b + owed * shape.cost[n : 2 * n]])
-    return np.asarray(at[:, None] + max(shape.work) / shape.micros * np.arange(shape.micros))
+    which, within = np.divmod(np.arange(shape.micros), group)
+    return np.asarray(at[:, None] + max(shape.work) / shape.micros * (which * group + within / shape.each))
 
 
 def _as_it_runs(shape: Shape, schedule: Schedule) -> list[Candidate]:

@@ -101,7 +101,7 @@ def test_values_arrive_in_their_types() -> None:
         ("[pipeline]\ncut = [1, 2]\nstages = 3", "pipeline.cut names 2 stages, but pipeline.stages is 3"),
         ("[train]\nbatch = 7", "make train.batch a multiple of 4, for example 4 or 8"),
         ("[train]\nbatch = 2", "make train.batch a multiple of 4, for example 4"),
-        ("[train]\nbatch = 12\n[pipeline]\nreplicas = 2", "cannot be shared by 2 replicas in microbatches of 4"),
+        ("[train]\nbatch = 12\n[pipeline]\nreplicas = 2", "shared by 2 copies of the model in microbatches of 4"),
         ("[model]\ncontext = 64\n[train]\nlength = 65", "train.length is 65 tokens, but model.context is 64"),
         ("[train]\nsteps = 20\n[optimizer]\nwarmup = 30", "optimizer.warmup is 30 steps, more than train.steps = 20"),
         (
@@ -294,5 +294,5 @@ def test_ranks_that_do_not_divide(ranks: int, replicas: int, total: int, sentenc
 
 def test_microbatches() -> None:
     assert microbatches(TrainConfig(batch=24, microbatch=2), 3) == 4
-    with pytest.raises(UserError, match=r"24 sequences cannot be shared by 5 replicas in microbatches of 2"):
+    with pytest.raises(UserError, match=r"24 sequences cannot be shared by 5 copies of the model in microbatches of 2"):
         microbatches(TrainConfig(batch=24, microbatch=2), 5)

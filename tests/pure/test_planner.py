@@ -159,7 +159,7 @@ def test_resolve_fills_what_the_data_and_the_model_decide() -> None:
 
 def test_an_evaluation_that_replicas_cannot_share_is_a_sentence() -> None:
     with pytest.raises(
-        UserError, match=r"^eval\.microbatches = 3 cannot be shared by 2 replicas; use a multiple of 2$"
+        UserError, match=r"^eval\.microbatches = 3 cannot be shared by 2 copies of the model; use a multiple of 2$"
     ):
         planned("llama", 2, pipeline__replicas=2, eval__every=5, eval__microbatches=3)
     planned("llama", 2, pipeline__replicas=2, eval__microbatches=3)  # never evaluated: no reason to refuse
@@ -205,12 +205,14 @@ def test_stages_of_the_model_are_named_or_listed() -> None:
         ),
         (2, {"schedule": "1f1"}, "pipeline.schedule is 1f1, expected gpipe, 1f1b, interleaved, zb_h1, zb_h2, zb_v, "),
         (2, {"schedule": "serch"}, "search or file:PATH; did you mean search?"),
+        (2, {"schedule": "ZB_V"}, "search or file:PATH; did you mean zb_v?"),
+        (2, {"schedule": "file:"}, "pipeline.schedule is file: without a path; write file:PATH"),
         (2, {"schedule": "qqqq"}, "search or file:PATH"),
         (2, {"schedule": ""}, "pipeline.schedule is , expected gpipe, "),
         (3, {"schedule": "dualpipe"}, "pipeline.schedule: dualpipe lets rank r and rank P-1-r serve the two copies"),
         (2, {"schedule": "zb_v", "stages": 3}, "pipeline.schedule: zb_v has 2 stages on every rank: 2 ranks need 4"),
         (3, {"cut": [2, 2]}, "pipeline.schedule: 2 stages cannot occupy 3 ranks"),
-        (3, {"cut": [1, 1]}, "2 stages cannot occupy 3 ranks; use at most 2 ranks or more stages"),
+        (3, {"cut": [1, 1]}, "2 stages cannot occupy 3 ranks; use 2 ranks or more stages"),
         (3, {"schedule": "zb_v"}, "pipeline: 6 stages for a model of 4 slots"),
         (2, {"group": 2}, "pipeline.schedule: 1f1b has no groups of microbatches"),
         (2, {"schedule": "file:none.txt"}, "pipeline.schedule: none.txt cannot be read"),
@@ -223,10 +225,10 @@ def test_a_schedule_that_cannot_be_is_a_sentence(ranks: int, settings: dict[str,
 
 
 def test_copies_of_the_model_share_a_batch_as_replicas_do() -> None:
-    with pytest.raises(UserError, match=r"train\.batch = 12 sequences cannot be shared by 4 replicas"):
+    with pytest.raises(UserError, match=r"train\.batch = 12 sequences cannot be shared by 4 copies of the model"):
         planned("gpt2", 4, pipeline__schedule="dualpipe", pipeline__replicas=2)
     with pytest.raises(
-        UserError, match=r"^eval\.microbatches = 3 cannot be shared by 2 replicas; use a multiple of 2$"
+        UserError, match=r"^eval\.microbatches = 3 cannot be shared by 2 copies of the model; use a multiple of 2$"
     ):
         planned("gpt2", 2, pipeline__schedule="dualpipe", eval__every=5, eval__microbatches=3)
 
@@ -394,7 +396,7 @@ def test_a_search_is_never_worse_than_a_name(ranks: int, early: bool) -> None:
 
 def test_a_search_says_what_it_cannot() -> None:
     for settings, sentence in (
-        ({"pipeline__stages": 1}, "1 stages cannot occupy 2 ranks"),
+        ({"pipeline__stages": 1}, "1 stage cannot occupy 2 ranks"),
         ({"pipeline__group": 2}, "pipeline.group = 2 is for interleaved only; leave it out with search"),
         ({"pipeline__memory": 1e-6}, "MiB"),
     ):

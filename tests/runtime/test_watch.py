@@ -531,10 +531,7 @@ def test_in_a_run_the_one_that_is_busy_is_named(
 ) -> None:  # fmt: skip
     data, real = write_tokens(tmp_path / "tokens"), getattr(Job, method)
 
-    jobs = dict[int, Job]()
-
     def busy(job: Job, *args: Any) -> Any:
-        jobs[job.link.rank] = job
         world: Any = job.link.world  # type: ignore[attr-defined]
         while job.link.rank == 1 and job.program.runs == 2 + (method == "sum_ties") and world.failure is None:
             time.sleep(0.01)
@@ -549,8 +546,6 @@ def test_in_a_run_the_one_that_is_busy_is_named(
 
     with pytest.raises(SystemExit):
         LocalWorld(ranks).run(rank)
-    for job in jobs.values():
-        job.watch.stop()
     said = sorted(line for line in capfd.readouterr().err.splitlines() if "has waited" in line)
     host = LocalWorld(1).links[0].hostname
     assert [line[:6] for line in said] == [f"rank {rank}" for rank in range(ranks) if rank != 1]
