@@ -34,9 +34,10 @@ void hp_dispatch(const hp_call *call, char *arena, const int64_t *bases, void *w
 void hp_run(const hp_call *calls, int64_t n, char *arena, const int64_t *bases, int64_t work);
 double hp_matmul_peak(double seconds);      /* FLOP/s of float32 products on this team, measured now */
 
-void hp_linear_fwd(float *y, const float *x, const float *w, const float *b, int64_t n, int64_t o, int64_t c);
-void hp_linear_dx(float *dx, const float *dy, const float *w, int64_t n, int64_t o, int64_t c);
-void hp_linear_dw(float *dw, float *db, const float *dy, const float *x, int64_t n, int64_t o, int64_t c);
+void hp_linear_fwd(float *y, const float *x, const float *w, const float *b, int64_t n, int64_t o, int64_t c,
+    void *work);
+void hp_linear_dx(float *dx, const float *dy, const float *w, int64_t n, int64_t o, int64_t c, void *work);
+void hp_linear_dw(float *dw, float *db, const float *dy, const float *x, int64_t n, int64_t o, int64_t c, void *work);
 void hp_embedding_fwd(float *y, const int32_t *ids, const float *w, int64_t n, int64_t v, int64_t c);
 void hp_embedding_dw(float *dw, const float *dy, const int32_t *ids, int64_t n, int64_t v, int64_t c);
 void hp_position_fwd(float *y, const float *x, const float *w, int64_t n, int64_t s, int64_t c, int64_t t);

@@ -1,0 +1,178 @@
+/* product.h: c (+)= op(a) op(b) in float32 by a team, after Goto & van de Geijn 2008 (doi:10.1145/1356052.1356053).
+ *
+ * Blocks of a, HP_DEEP deep, are copied by all threads into panels of HP_TALL rows; then strips of b's columns are
+ * handed out, and whoever takes one copies it into panels of HP_WIDE columns and multiplies. The innermost loop holds
+ * HP_TALL x HP_WIDE sums in registers and finds its operands in the first-level cache, one after the other.
+ * The trick: a sum's order is that of its depth, cut into blocks by the depth alone. So its bits depend on nothing
+ * else: not on the number of threads, not on how many rows or columns are asked for at once, not on a library.
+ */
+#ifndef HPCPIPE_PRODUCT_H
+#define HPCPIPE_PRODUCT_H
+#include "team.h"
+
+/* Sums in registers: rows, vectors of columns, and the lanes of a vector. */
+#if defined(__AVX512F__)
+enum { HP_TALL = 12, HP_VECTORS = 2, HP_VECTOR = 16 };
+#elif defined(__AVX2__)
+enum { HP_TALL = 6, HP_VECTORS = 2, HP_VECTOR = 8 };
+#elif defined(__aarch64__)
+enum { HP_TALL = 6, HP_VECTORS = 4, HP_VECTOR = 4 };
+#else
+enum { HP_TALL = 6, HP_VECTORS = 2, HP_VECTOR = 4 };
+#endif
+enum {
+  HP_WIDE = HP_VECTORS * HP_VECTOR,
+  HP_DEEP = 384,   /* a panel of b stays in the first-level cache */
+  HP_BLOCK = 240,  /* rows of a that stay in the second-level cache, a multiple of HP_TALL */
+  HP_ROWS_AT_ONCE = 1032, /* rows of a that are copied at once, at most, likewise */
+  HP_STRIP = 192   /* columns of b that one thread copies at once, at most; a multiple of HP_WIDE */
+};
+typedef float hp_vec __attribute__((vector_size(4 * HP_VECTOR), aligned(4), may_alias));
+#if defined(__clang__)
+#define HP_MIX(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+typedef int32_t hp_int4 __attribute__((vector_size(16)));
+#define HP_MIX(a, b, i, j, k, l) __builtin_shuffle(a, b, (hp_int4){i, j, k, l})
+#endif
+
+/* Bytes of work that a team of `threads` needs. */
+#define HP_PRODUCT_SHARED (2 * 4 * HP_DEEP * HP_ROWS_AT_ONCE)
+#define HP_PRODUCT_OWN (4 * HP_DEEP * HP_STRIP)
+
+/* A matrix: element (i, j) of op(x) is x[i ld + j], or x[j ld + i] where it is transposed. */
+typedef struct { const float *x; int64_t ld; int transposed; } hp_matrix;
+
+/* The compiler may not load the next row's number before this one's products: it would run out of registers. */
+#define HP_IN_ORDER() __asm__ volatile("" ::: "memory")
+
+/* c[m, n] = (start of it) + a b over k; a and b are panels, zero beyond m and n. */
+static __attribute__((noinline)) void hp_tile(float *c, int64_t ldc, const float *restrict a,
+    const float *restrict b, int64_t k, int64_t m, int64_t n, int add, const float *bias) {
+  hp_vec sum[HP_TALL][HP_VECTORS] = {{{0}}};
+  for (int64_t i = 0; i < m; i++) {
+    __builtin_prefetch(c + i * ldc, 1);
+    __builtin_prefetch(c + i * ldc + HP_WIDE - 1, 1);
+  }
+#pragma GCC unroll 4
+  for (int64_t p = 0; p < k; p++, a += HP_TALL, b += HP_WIDE) {
+    hp_vec row[HP_VECTORS];
+#pragma GCC unroll 4
+    for (int j = 0; j < HP_VECTORS; j++) row[j] = *(const hp_vec *)(b + j * HP_VECTOR);
+#pragma GCC unroll 12
+    for (int i = 0; i < HP_TALL; i++) {
+#pragma GCC unroll 4
+      for (int j = 0; j < HP_VECTORS; j++) sum[i][j] += a[i] * row[j];
+      HP_IN_ORDER();
+    }
+  }
+  if (m == HP_TALL && n == HP_WIDE) {
+#pragma GCC unroll 12
+    for (int i = 0; i < HP_TALL; i++)
+#pragma GCC unroll 4
+      for (int j = 0; j < HP_VECTORS; j++) {
+        hp_vec *to = (hp_vec *)(c + i * ldc + j * HP_VECTOR);
+        *to = sum[i][j] + (add ? *to : bias ? *(const hp_vec *)(bias + j * HP_VECTOR) : (hp_vec){0});
+      }
+    return;
+  }
+  float out[HP_TALL][HP_WIDE];
+#pragma GCC unroll 12
+  for (int i = 0; i < HP_TALL; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < HP_VECTORS; j++) *(hp_vec *)&out[i][j * HP_VECTOR] = sum[i][j];
+  for (int64_t i = 0; i < m; i++)
+    for (int64_t j = 0; j < n; j++) c[i * ldc + j] = out[i][j] + (add ? c[i * ldc + j] : bias ? bias[j] : 0.0f);
+}
+/* Four rows of four numbers change places with their columns: to[j w + i] = x[i ld + j]. */
+static inline void hp_turn4(float *restrict to, int64_t w, const float *restrict x, int64_t ld) {
+  hp_vector4 r0, r1, r2, r3;
+  memcpy(&r0, x, 16), memcpy(&r1, x + ld, 16), memcpy(&r2, x + 2 * ld, 16), memcpy(&r3, x + 3 * ld, 16);
+  const hp_vector4 a = HP_MIX(r0, r1, 0, 4, 1, 5), b = HP_MIX(r0, r1, 2, 6, 3, 7);
+  const hp_vector4 c = HP_MIX(r2, r3, 0, 4, 1, 5), d = HP_MIX(r2, r3, 2, 6, 3, 7);
+  const hp_vector4 s0 = HP_MIX(a, c, 0, 1, 4, 5), s1 = HP_MIX(a, c, 2, 3, 6, 7);
+  const hp_vector4 s2 = HP_MIX(b, d, 0, 1, 4, 5), s3 = HP_MIX(b, d, 2, 3, 6, 7);
+  memcpy(to, &s0, 16), memcpy(to + w, &s1, 16), memcpy(to + 2 * w, &s2, 16), memcpy(to + 3 * w, &s3, 16);
+}
+
+static inline void hp_turn2(float *restrict to, int64_t w, const float *restrict x, int64_t ld) {
+  hp_vector4 r0, r1;
+  memcpy(&r0, x, 16), memcpy(&r1, x + ld, 16);
+  const hp_vector4 a = HP_MIX(r0, r1, 0, 4, 1, 5), b = HP_MIX(r0, r1, 2, 6, 3, 7);
+  memcpy(to, &a, 8), memcpy(to + w, (const char *)&a + 8, 8);
+  memcpy(to + 2 * w, &b, 8), memcpy(to + 3 * w, (const char *)&b + 8, 8);
+}
+
+/* One panel of `width` lines: to[p width + l] = line l at depth p, zero for lines from `lines` on. Along the depth the
+ * lines lie `ld` apart (across), or their numbers do (along). */
+static inline __attribute__((always_inline)) void hp_panel_across(float *restrict to, const float *restrict x,
+    int64_t ld, int64_t k, int64_t lines, const int width) {
+  int64_t l = 0;
+  for (; l + 4 <= lines; l += 4) {
+    int64_t p = 0;
+    for (; p + 4 <= k; p += 4) hp_turn4(to + p * width + l, width, x + l * ld + p, ld);
+    for (; p < k; p++)
+      for (int64_t q = l; q < l + 4; q++) to[p * width + q] = x[q * ld + p];
+  }
+  for (; l + 2 <= lines; l += 2) {
+    int64_t p = 0;
+    for (; p + 4 <= k; p += 4) hp_turn2(to + p * width + l, width, x + l * ld + p, ld);
+    for (; p < k; p++) to[p * width + l] = x[l * ld + p], to[p * width + l + 1] = x[(l + 1) * ld + p];
+  }
+  for (; l < width; l++)
+    for (int64_t p = 0; p < k; p++) to[p * width + l] = l < lines ? x[l * ld + p] : 0;
+}
+static inline __attribute__((always_inline)) void hp_panel_along(float *restrict to, const float *restrict x,
+    int64_t ld, int64_t k, int64_t lines, const int width) {
+  if (lines == width)
+    for (int64_t p = 0; p < k; p++) memcpy(to + p * width, x + p * ld, (size_t)width * sizeof *to);
+  else
+    for (int64_t p = 0; p < k; p++)
+      for (int64_t l = 0; l < width; l++) to[p * width + l] = l < lines ? x[p * ld + l] : 0;
+}
+static void hp_panel_a(float *to, hp_matrix a, int64_t i, int64_t p, int64_t k, int64_t lines) {
+  if (a.transposed) hp_panel_along(to, a.x + p * a.ld + i, a.ld, k, lines, HP_TALL);
+  else hp_panel_across(to, a.x + i * a.ld + p, a.ld, k, lines, HP_TALL);
+}
+static void hp_panel_b(float *to, hp_matrix b, int64_t j, int64_t p, int64_t k, int64_t lines) {
+  if (b.transposed) hp_panel_across(to, b.x + j * b.ld + p, b.ld, k, lines, HP_WIDE);
+  else hp_panel_along(to, b.x + p * b.ld + j, b.ld, k, lines, HP_WIDE);
+}
+
+/* The strip of columns [j0, j1) of c, rows [0, m): all panels of a against those of b. */
+static void hp_strip(float *c, int64_t ldc, const float *a, hp_matrix b, float *own, int64_t m, int64_t j0, int64_t j1,
+    int64_t p, int64_t k, int add, const float *bias) {
+  for (int64_t j = j0; j < j1; j += HP_WIDE) hp_panel_b(own + (j - j0) * k, b, j, p, k, HP_MIN(HP_WIDE, j1 - j));
+  for (int64_t i0 = 0; i0 < m; i0 += HP_BLOCK)
+    for (int64_t j = j0; j < j1; j += HP_WIDE)
+      for (int64_t i = i0; i < HP_MIN(m, i0 + HP_BLOCK); i += HP_TALL)
+        hp_tile(c + i * ldc + j, ldc, a + i * k, own + (j - j0) * k, k, HP_MIN(HP_TALL, m - i), HP_MIN(HP_WIDE, j1 - j),
+            add, bias ? bias + j : NULL);
+}
+
+/* c[m, n] (+)= a[m, k] b[k, n]; where it is not added to, c starts from the bias, if there is one. */
+static void hp_product(float *c, int64_t ldc, hp_matrix a, hp_matrix b, int64_t m, int64_t n, int64_t k, int add,
+    const float *bias, void *work) {
+  const int64_t parts = (k + HP_DEEP - 1) / HP_DEEP, deep = (k + parts - 1) / parts;
+  const int64_t blocks = (m + HP_ROWS_AT_ONCE - 1) / HP_ROWS_AT_ONCE;
+  const int64_t tall = (m + blocks * HP_TALL - 1) / (blocks * HP_TALL) * HP_TALL;
+#pragma omp parallel if ((double)m * (double)n * (double)k > 262144)
+  {
+    const int64_t team = omp_get_num_threads();
+    int64_t strip = (n + 4 * team - 1) / (4 * team);
+    strip = HP_MIN(HP_STRIP, (strip + HP_WIDE - 1) / HP_WIDE * HP_WIDE);
+    float *own = (float *)((char *)work + HP_PRODUCT_SHARED + omp_get_thread_num() * HP_PRODUCT_OWN);
+    int64_t turn = 0;
+    for (int64_t i0 = 0; i0 < m; i0 += tall)
+      for (int64_t p = 0; p < k; p += deep, turn ^= 1) {
+        const int64_t rows = HP_MIN(tall, m - i0), d = HP_MIN(deep, k - p);
+        float *shared = (float *)work + turn * (HP_DEEP * HP_ROWS_AT_ONCE);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows; i += HP_TALL)
+          hp_panel_a(shared + i * d, a, i0 + i, p, d, HP_MIN(HP_TALL, rows - i));
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t j = 0; j < n; j += strip)
+          hp_strip(c + i0 * ldc, ldc, shared, b, own, rows, j, HP_MIN(n, j + strip), p, d, add || p > 0, bias);
+      }
+  }
+}
+#endif
