@@ -91,7 +91,7 @@ def _row(
 # v vocabulary, s learned positions, h query heads, k key/value heads, d head width. Matrices are row-major, weights are
 # [out, in].
 # attention: the causal half is counted once; flops are what the mathematics needs, not what a blocked kernel pads.
-_PRODUCT_WORK = "4*384*(2*1032+192)"  # HP_PRODUCT_SHARED + HP_PRODUCT_OWN, see product.h
+_PRODUCT_WORK = "4*768*(1032+96)"  # HP_PRODUCT_SHARED + HP_PRODUCT_OWN, see product.h
 _ATTENTION_WORK = "4*2*64*(t+32)"  # two blocks of 64 rows of scores, see attention.c
 # fmt: off
 TABLE: tuple[Kernel, ...] = (

@@ -22,10 +22,10 @@ enum { HP_TALL = 6, HP_VECTORS = 2, HP_VECTOR = 4 };
 #endif
 enum {
   HP_WIDE = HP_VECTORS * HP_VECTOR,
-  HP_DEEP = 384,   /* a panel of b stays in the first-level cache */
-  HP_BLOCK = 240,  /* rows of a that stay in the second-level cache, a multiple of HP_TALL */
+  HP_DEEP = 768,          /* depth of a block: the deeper, the less often c is read and written again */
+  HP_BLOCK = 120,         /* rows of a that stay in the second-level cache, a multiple of HP_TALL */
   HP_ROWS_AT_ONCE = 1032, /* rows of a that are copied at once, at most, likewise */
-  HP_STRIP = 192   /* columns of b that one thread copies at once, at most; a multiple of HP_WIDE */
+  HP_STRIP = 96           /* columns of b that one thread copies at once, at most; a multiple of HP_WIDE */
 };
 typedef float hp_vec __attribute__((vector_size(4 * HP_VECTOR), aligned(4), may_alias));
 #if defined(__clang__)
@@ -35,8 +35,8 @@ typedef int32_t hp_int4 __attribute__((vector_size(16)));
 #define HP_MIX(a, b, i, j, k, l) __builtin_shuffle(a, b, (hp_int4){i, j, k, l})
 #endif
 
-/* Bytes of work that a team of `threads` needs. */
-#define HP_PRODUCT_SHARED (2 * 4 * HP_DEEP * HP_ROWS_AT_ONCE)
+/* Bytes of work: the team's, and each thread's. */
+#define HP_PRODUCT_SHARED (4 * HP_DEEP * HP_ROWS_AT_ONCE)
 #define HP_PRODUCT_OWN (4 * HP_DEEP * HP_STRIP)
 
 /* A matrix: element (i, j) of op(x) is x[i ld + j], or x[j ld + i] where it is transposed. */
@@ -102,76 +102,89 @@ static inline void hp_turn2(float *restrict to, int64_t w, const float *restrict
   memcpy(to + 2 * w, &b, 8), memcpy(to + 3 * w, (const char *)&b + 8, 8);
 }
 
-/* One panel of `width` lines: to[p width + l] = line l at depth p, zero for lines from `lines` on. Along the depth the
- * lines lie `ld` apart (across), or their numbers do (along). */
-static inline __attribute__((always_inline)) void hp_panel_across(float *restrict to, const float *restrict x,
-    int64_t ld, int64_t k, int64_t lines, const int width) {
-  int64_t l = 0;
-  for (; l + 4 <= lines; l += 4) {
-    int64_t p = 0;
-    for (; p + 4 <= k; p += 4) hp_turn4(to + p * width + l, width, x + l * ld + p, ld);
-    for (; p < k; p++)
-      for (int64_t q = l; q < l + 4; q++) to[p * width + q] = x[q * ld + p];
+/* Panels of `width` lines each: panel[p width + l] = line l at depth p, zero for lines that are not there. Lines lie
+ * `ld` apart and are read along their length, four at a time ... */
+static inline __attribute__((always_inline)) void hp_across(float *restrict to, const float *restrict x, int64_t ld,
+    int64_t k, int64_t lines, const int width) {
+  for (; lines > 0; lines -= width, x += width * ld, to += width * k) {
+    const int64_t here = HP_MIN(width, lines);
+    int64_t l = 0;
+    for (; l + 4 <= here; l += 4) {
+      int64_t p = 0;
+      for (; p + 4 <= k; p += 4) hp_turn4(to + p * width + l, width, x + l * ld + p, ld);
+      for (; p < k; p++)
+        for (int64_t q = l; q < l + 4; q++) to[p * width + q] = x[q * ld + p];
+    }
+    for (; l + 2 <= here; l += 2) {
+      int64_t p = 0;
+      for (; p + 4 <= k; p += 4) hp_turn2(to + p * width + l, width, x + l * ld + p, ld);
+      for (; p < k; p++) to[p * width + l] = x[l * ld + p], to[p * width + l + 1] = x[(l + 1) * ld + p];
+    }
+    for (; l < width; l++)
+      for (int64_t p = 0; p < k; p++) to[p * width + l] = l < here ? x[l * ld + p] : 0;
   }
-  for (; l + 2 <= lines; l += 2) {
-    int64_t p = 0;
-    for (; p + 4 <= k; p += 4) hp_turn2(to + p * width + l, width, x + l * ld + p, ld);
-    for (; p < k; p++) to[p * width + l] = x[l * ld + p], to[p * width + l + 1] = x[(l + 1) * ld + p];
-  }
-  for (; l < width; l++)
-    for (int64_t p = 0; p < k; p++) to[p * width + l] = l < lines ? x[l * ld + p] : 0;
-}
-static inline __attribute__((always_inline)) void hp_panel_along(float *restrict to, const float *restrict x,
-    int64_t ld, int64_t k, int64_t lines, const int width) {
-  if (lines == width)
-    for (int64_t p = 0; p < k; p++) memcpy(to + p * width, x + p * ld, (size_t)width * sizeof *to);
-  else
-    for (int64_t p = 0; p < k; p++)
-      for (int64_t l = 0; l < width; l++) to[p * width + l] = l < lines ? x[p * ld + l] : 0;
-}
-static void hp_panel_a(float *to, hp_matrix a, int64_t i, int64_t p, int64_t k, int64_t lines) {
-  if (a.transposed) hp_panel_along(to, a.x + p * a.ld + i, a.ld, k, lines, HP_TALL);
-  else hp_panel_across(to, a.x + i * a.ld + p, a.ld, k, lines, HP_TALL);
-}
-static void hp_panel_b(float *to, hp_matrix b, int64_t j, int64_t p, int64_t k, int64_t lines) {
-  if (b.transposed) hp_panel_across(to, b.x + j * b.ld + p, b.ld, k, lines, HP_WIDE);
-  else hp_panel_along(to, b.x + p * b.ld + j, b.ld, k, lines, HP_WIDE);
 }
 
-/* The strip of columns [j0, j1) of c, rows [0, m): all panels of a against those of b. */
-static void hp_strip(float *c, int64_t ldc, const float *a, hp_matrix b, float *own, int64_t m, int64_t j0, int64_t j1,
-    int64_t p, int64_t k, int add, const float *bias) {
-  for (int64_t j = j0; j < j1; j += HP_WIDE) hp_panel_b(own + (j - j0) * k, b, j, p, k, HP_MIN(HP_WIDE, j1 - j));
-  for (int64_t i0 = 0; i0 < m; i0 += HP_BLOCK)
+/* ... or their numbers do: depth by depth, all panels at once, since memory is read in lines and not in columns. */
+static inline __attribute__((always_inline)) void hp_along(float *restrict to, const float *restrict x, int64_t ld,
+    int64_t k, int64_t lines, const int width) {
+  const int64_t whole = lines / width, rest = lines % width;
+  for (int64_t p = 0; p < k; p++, x += ld, to += width) {
+    for (int64_t i = 0; i < whole; i++) memcpy(to + i * width * k, x + i * width, (size_t)width * sizeof *to);
+    for (int64_t l = 0; rest && l < width; l++) to[whole * width * k + l] = l < rest ? x[whole * width + l] : 0;
+  }
+}
+static void hp_panels_a(float *to, hp_matrix a, int64_t i, int64_t p, int64_t k, int64_t lines) {
+  if (a.transposed) hp_along(to, a.x + p * a.ld + i, a.ld, k, lines, HP_TALL);
+  else hp_across(to, a.x + i * a.ld + p, a.ld, k, lines, HP_TALL);
+}
+static void hp_panels_b(float *to, hp_matrix b, int64_t j, int64_t p, int64_t k, int64_t lines) {
+  if (b.transposed) hp_across(to, b.x + j * b.ld + p, b.ld, k, lines, HP_WIDE);
+  else hp_along(to, b.x + p * b.ld + j, b.ld, k, lines, HP_WIDE);
+}
+
+/* Columns [j0, j1) and rows [i0, i1) of c: panels of a against those of a strip of b. */
+static void hp_strip(float *c, int64_t ldc, const float *a, const float *b, int64_t i0, int64_t i1, int64_t j0,
+    int64_t j1, int64_t k, int add, const float *bias) {
+  for (; i0 < i1; i0 += HP_BLOCK)
     for (int64_t j = j0; j < j1; j += HP_WIDE)
-      for (int64_t i = i0; i < HP_MIN(m, i0 + HP_BLOCK); i += HP_TALL)
-        hp_tile(c + i * ldc + j, ldc, a + i * k, own + (j - j0) * k, k, HP_MIN(HP_TALL, m - i), HP_MIN(HP_WIDE, j1 - j),
+      for (int64_t i = i0; i < HP_MIN(i1, i0 + HP_BLOCK); i += HP_TALL)
+        hp_tile(c + i * ldc + j, ldc, a + i * k, b + (j - j0) * k, k, HP_MIN(HP_TALL, i1 - i), HP_MIN(HP_WIDE, j1 - j),
             add, bias ? bias + j : NULL);
+}
+
+/* n things in parts of equal size, a multiple of `unit`, at least `count` parts of them if there are enough. */
+static inline int64_t hp_share(int64_t n, int64_t count, int64_t unit) {
+  return HP_MAX(1, (n + count * unit - 1) / (count * unit)) * unit;
 }
 
 /* c[m, n] (+)= a[m, k] b[k, n]; where it is not added to, c starts from the bias, if there is one. */
 static void hp_product(float *c, int64_t ldc, hp_matrix a, hp_matrix b, int64_t m, int64_t n, int64_t k, int add,
     const float *bias, void *work) {
-  const int64_t parts = (k + HP_DEEP - 1) / HP_DEEP, deep = (k + parts - 1) / parts;
-  const int64_t blocks = (m + HP_ROWS_AT_ONCE - 1) / HP_ROWS_AT_ONCE;
-  const int64_t tall = (m + blocks * HP_TALL - 1) / (blocks * HP_TALL) * HP_TALL;
+  const int64_t deep = hp_share(k, (k + HP_DEEP - 1) / HP_DEEP, 1);
+  const int64_t tall = hp_share(m, (m + HP_ROWS_AT_ONCE - 1) / HP_ROWS_AT_ONCE, HP_TALL);
 #pragma omp parallel if ((double)m * (double)n * (double)k > 262144)
   {
-    const int64_t team = omp_get_num_threads();
-    int64_t strip = (n + 4 * team - 1) / (4 * team);
-    strip = HP_MIN(HP_STRIP, (strip + HP_WIDE - 1) / HP_WIDE * HP_WIDE);
+    const int64_t turns = 4 * omp_get_num_threads(); /* for each thread to have a few: cores are not equally fast */
+    const int64_t wide = hp_share(n, (n + HP_STRIP - 1) / HP_STRIP, HP_WIDE), strips = (n + wide - 1) / wide;
+    const int64_t part = hp_share(tall, omp_get_num_threads() > 1 ? (turns + strips - 1) / strips : 1, HP_TALL);
+    const int64_t parts = (tall + part - 1) / part;
     float *own = (float *)((char *)work + HP_PRODUCT_SHARED + omp_get_thread_num() * HP_PRODUCT_OWN);
-    int64_t turn = 0;
+    float *shared = work;
     for (int64_t i0 = 0; i0 < m; i0 += tall)
-      for (int64_t p = 0; p < k; p += deep, turn ^= 1) {
+      for (int64_t p = 0; p < k; p += deep) {
         const int64_t rows = HP_MIN(tall, m - i0), d = HP_MIN(deep, k - p);
-        float *shared = (float *)work + turn * (HP_DEEP * HP_ROWS_AT_ONCE);
+        int64_t mine = -1; /* the strip of b in `own` */
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows; i += HP_TALL)
-          hp_panel_a(shared + i * d, a, i0 + i, p, d, HP_MIN(HP_TALL, rows - i));
-#pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t j = 0; j < n; j += strip)
-          hp_strip(c + i0 * ldc, ldc, shared, b, own, rows, j, HP_MIN(n, j + strip), p, d, add || p > 0, bias);
+        for (int64_t i = 0; i < rows; i += 8 * HP_TALL)
+          hp_panels_a(shared + i * d, a, i0 + i, p, d, HP_MIN(8 * HP_TALL, rows - i));
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < strips * parts; task++) {
+          const int64_t j0 = task / parts * wide, j1 = HP_MIN(n, j0 + wide), r0 = task % parts * part;
+          if (mine != j0) hp_panels_b(own, b, j0, p, d, j1 - j0);
+          mine = j0;
+          hp_strip(c + i0 * ldc, ldc, shared, own, r0, HP_MIN(rows, r0 + part), j0, j1, d, add || p > 0, bias);
+        }
       }
   }
 }
