@@ -92,7 +92,7 @@ def _row(
 # [out, in].
 # attention: the causal half is counted once; flops are what the mathematics needs, not what a blocked kernel pads.
 _PRODUCT_WORK = "4*768*(1032+96)"  # HP_PRODUCT_SHARED + HP_PRODUCT_OWN, see product.h
-_ATTENTION_WORK = "4*2*64*(t+32)"  # two blocks of 64 rows of scores, see attention.c
+_ATTENTION_WORK = "4*(2*72*(t+32)+(3*(t+32)+4*72)*(d+32))"  # two blocks of scores and panels, see attention.c
 # fmt: off
 TABLE: tuple[Kernel, ...] = (
     # y = x wᵀ + b;  dx = dy w;  dw += dyᵀ x, db += Σ dy

@@ -45,44 +45,55 @@ typedef struct { const float *x; int64_t ld; int transposed; } hp_matrix;
 /* The compiler may not load the next row's number before this one's products: it would run out of registers. */
 #define HP_IN_ORDER() __asm__ volatile("" ::: "memory")
 
-/* c[m, n] = (start of it) + a b over k; a and b are panels, zero beyond m and n. */
-static __attribute__((noinline)) void hp_tile(float *c, int64_t ldc, const float *restrict a,
-    const float *restrict b, int64_t k, int64_t m, int64_t n, int add, const float *bias) {
+/* c[m, n] (+)= alpha a b, where a(i, p) = a[i ai + p ap] and row p of b begins at b + p bp. Reads `tall` rows of a and
+ * HP_WIDE columns of b whatever m and n are. Made for each kind of operands by giving constants: `tall`, strides. */
+static inline __attribute__((always_inline)) void hp_tile_of(const int tall, float *c, int64_t ldc, const float *a,
+    int64_t ai, int64_t ap, const float *b, int64_t bp, int64_t k, int64_t m, int64_t n, float alpha, int add,
+    const float *bias) {
   hp_vec sum[HP_TALL][HP_VECTORS] = {{{0}}};
   for (int64_t i = 0; i < m; i++) {
     __builtin_prefetch(c + i * ldc, 1);
     __builtin_prefetch(c + i * ldc + HP_WIDE - 1, 1);
   }
 #pragma GCC unroll 4
-  for (int64_t p = 0; p < k; p++, a += HP_TALL, b += HP_WIDE) {
+  for (int64_t p = 0; p < k; p++, a += ap, b += bp) {
     hp_vec row[HP_VECTORS];
 #pragma GCC unroll 4
     for (int j = 0; j < HP_VECTORS; j++) row[j] = *(const hp_vec *)(b + j * HP_VECTOR);
 #pragma GCC unroll 12
-    for (int i = 0; i < HP_TALL; i++) {
+    for (int i = 0; i < tall; i++) {
 #pragma GCC unroll 4
-      for (int j = 0; j < HP_VECTORS; j++) sum[i][j] += a[i] * row[j];
+      for (int j = 0; j < HP_VECTORS; j++) sum[i][j] += a[i * ai] * row[j];
       HP_IN_ORDER();
     }
   }
-  if (m == HP_TALL && n == HP_WIDE) {
+  if (m == tall && n == HP_WIDE) {
 #pragma GCC unroll 12
-    for (int i = 0; i < HP_TALL; i++)
+    for (int i = 0; i < tall; i++)
 #pragma GCC unroll 4
       for (int j = 0; j < HP_VECTORS; j++) {
         hp_vec *to = (hp_vec *)(c + i * ldc + j * HP_VECTOR);
-        *to = sum[i][j] + (add ? *to : bias ? *(const hp_vec *)(bias + j * HP_VECTOR) : (hp_vec){0});
+        const hp_vec start = add ? *to : bias ? *(const hp_vec *)(bias + j * HP_VECTOR) : (hp_vec){0};
+        *to = alpha * sum[i][j] + start;
       }
     return;
   }
   float out[HP_TALL][HP_WIDE];
 #pragma GCC unroll 12
-  for (int i = 0; i < HP_TALL; i++)
+  for (int i = 0; i < tall; i++)
 #pragma GCC unroll 4
     for (int j = 0; j < HP_VECTORS; j++) *(hp_vec *)&out[i][j * HP_VECTOR] = sum[i][j];
   for (int64_t i = 0; i < m; i++)
-    for (int64_t j = 0; j < n; j++) c[i * ldc + j] = out[i][j] + (add ? c[i * ldc + j] : bias ? bias[j] : 0.0f);
+    for (int64_t j = 0; j < n; j++)
+      c[i * ldc + j] = alpha * out[i][j] + (add ? c[i * ldc + j] : bias ? bias[j] : 0.0f);
 }
+
+/* Both operands in panels. */
+static __attribute__((noinline, unused)) void hp_tile(float *c, int64_t ldc, const float *a, const float *b, int64_t k,
+    int64_t m, int64_t n, int add, const float *bias) {
+  hp_tile_of(HP_TALL, c, ldc, a, 1, HP_TALL, b, HP_WIDE, k, m, n, 1.0f, add, bias);
+}
+
 /* Four rows of four numbers change places with their columns: to[j w + i] = x[i ld + j]. */
 static inline void hp_turn4(float *restrict to, int64_t w, const float *restrict x, int64_t ld) {
   hp_vector4 r0, r1, r2, r3;
