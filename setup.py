@@ -66,15 +66,6 @@ def accepts(cc: list[str], program: str, flags: list[str]) -> bool:
         return subprocess.run([*cc, *flags, str(source), "-o", f"{folder}/probe"], capture_output=True).returncode == 0
 
 
-def openblas() -> tuple[str, str]:
-    """Folders of the BLAS wheel: headers, library."""
-    try:
-        import scipy_openblas32
-    except ImportError:
-        sys.exit("hpcpipe: the matrix library is missing: pip install scipy-openblas32.")
-    return scipy_openblas32.get_include_dir(), scipy_openblas32.get_lib_dir()
-
-
 def dispatch() -> str:
     """C source generated from the kernel table, which is loaded by its path: the package is not installed yet."""
     spec = importlib.util.spec_from_file_location("kernel_table", ROOT / "hpcpipe" / "backends" / "kernels.py")
@@ -96,16 +87,15 @@ def stamp(cc: list[str], flags: list[str], generated: str) -> str:
 
 def compile_level(cc: list[str], flags: list[str], generated: str, mark: str, target: Path) -> None:
     """One library, written under another name and then moved into place, so that a running program keeps its own."""
-    headers, library = openblas()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         extra = Path(folder) / "dispatch.c"
         extra.write_text(f'{generated}\nconst char hp_build[] = "{mark}";\n')
-        include = [f"-I{ROOT / 'native' / 'include'}", f"-I{ROOT / 'native' / 'cpu'}", f"-I{headers}"]
+        include = [f"-I{ROOT / 'native' / 'include'}", f"-I{ROOT / 'native' / 'cpu'}"]
         jobs = [(s, Path(folder) / f"{s.stem}.o") for s in [*SOURCES, extra]]
         commands = [[*cc, *FLAGS, *flags, *include, "-c", str(s), "-o", str(o)] for s, o in jobs]
         list(pool.map(run, commands))
         part = target.with_suffix(".part")
-        run([*cc, *LINK, *(str(o) for _, o in jobs), "-o", str(part), f"-L{library}", "-lscipy_openblas", "-lm"])
+        run([*cc, *LINK, *(str(o) for _, o in jobs), "-o", str(part), "-lm"])
         part.replace(target)
 
 

@@ -59,7 +59,8 @@ def table(names: Sequence[str], rounds: int, steps: int, found: list[dict[str, A
     """Predicted beside measured."""
     print("\npredicted and measured step, median of rounds; bubble: ideal is 0, then predicted and measured")
     print(f"{'':<12} {'ranks':>5} {'passes':<7} {'predicted':>10} {'measured':>10} {'difference %':>22} "
-          f"{'bubble':>15}  exposed  warm-up  steady  cool-down  optimizer  other, % of the step")  # fmt: skip
+          f"{'bubble':>15}  exposed  warm-up  steady  cool-down  optimizer  other, % of the step; "
+          "the most that the parts miss of one")  # fmt: skip
     for ranks, pace in ((2, 0.0), (4, PACE)):
         for name in names:
             turns = ask(ranks, name, ROUND, pace, rounds=2 * rounds)
@@ -78,7 +79,8 @@ def show(name: str, ranks: int, pace: float, turns: Sequence[Mapping[str, Any]])
     shares = "  ".join(f"{parts[k]:7.1f}" for k in ("exposed", "warmup", "steady", "cooldown", "optimizer", "other"))
     times = f"{middle['predicted']:>8.3f} s {middle['measured']:>8.3f} s {spread(off, '+.1f'):>22}"
     bubbles = f"{turns[0]['predicted_bubble']:>6.1%} {middle['bubble']:>7.1%}"
-    print(f"{name:<12} {ranks:>5} {'paced' if pace else 'real':<7} {times} {bubbles}  {shares}", flush=True)
+    lost = f"{100 * max(turn['unaccounted'] for turn in turns):>6.2f}"
+    print(f"{name:<12} {ranks:>5} {'paced' if pace else 'real':<7} {times} {bubbles}  {shares}  {lost}", flush=True)
 
 
 def early(names: Sequence[str], rounds: int, steps: int, found: list[dict[str, Any]]) -> None:

@@ -167,6 +167,7 @@ def turn(told: Sequence[tuple[float, float, Any]]) -> dict[str, Any]:
         "predicted_bubble": values[0]["predicted_bubble"],
         "bubble": middle["bubble"],
         "parts": parts,
+        "unaccounted": max(abs(1 - sum(v["parts"].values()) / seconds) for _, seconds, v in told),
     }
 
 

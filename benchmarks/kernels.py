@@ -133,15 +133,19 @@ def show(report: dict[str, Any]) -> None:
     """The table."""
     rows, total = report["kernels"], sum(row["seconds"] for row in report["kernels"])
     width = max(len(row["kernel"]) for row in rows)
-    print(f"{report['machine']}, {report['threads']} threads, {report['level']}, {Shape(**report['shape'])}, a microbatch")
+    print(
+        f"{report['machine']}, {report['threads']} threads, {report['level']}, {Shape(**report['shape'])}, a microbatch"
+    )
     print(f"products {report['peak'] / 1e9:.0f} GFLOP/s, copy {report['copy'] / 1e9:.1f} GB/s")
     print(f"{'':<{width}} calls        ms   share  GFLOP/s     GB/s  of its limit")
     for row in rows:
-        s = row["seconds"]
-        print(f"{row['kernel']:<{width}} {row['calls']:>5.0f} {1e3 * s:>9.3f} {s / total:>7.1%} {row['flops'] / s / 1e9:>8.1f} "
-              f"{row['bytes'] / s / 1e9:>8.1f} {row['limit'] / s:>12.0%}")  # fmt: skip
-    flops, limit = (sum(row[key] for row in rows) for key in ("flops", "limit"))
-    print(f"{'all':<{width}} {len(rows):>5} {1e3 * total:>9.3f} {'':>7} {flops / total / 1e9:>8.1f} {'':>8} {limit / total:>12.0%}")
+        gflops, moved, limit = (row[key] / row["seconds"] for key in ("flops", "bytes", "limit"))
+        ms = 1e3 * row["seconds"]
+        share = row["seconds"] / total
+        print(f"{row['kernel']:<{width}} {row['calls']:>5.0f} {ms:>9.3f} {share:>7.1%} {gflops / 1e9:>8.1f} "
+              f"{moved / 1e9:>8.1f} {limit:>12.0%}")  # fmt: skip
+    flops, limit = (sum(row[key] for row in rows) / total for key in ("flops", "limit"))
+    print(f"{'all':<{width}} {'':>5} {1e3 * total:>9.3f} {'':>7} {flops / 1e9:>8.1f} {'':>8} {limit:>12.0%}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.worker import die_with_parent, private_stdout, send
-from hpcpipe.backends.cpu import CpuBackend, prepare_environment
+from hpcpipe.backends.cpu import CpuBackend, cpu_flags
 
 SIZE = 2048
 ROW_MAJOR, NO_TRANSPOSE = 101, 111
@@ -35,7 +35,10 @@ class Peak(NamedTuple):
 
 def openblas(threads: int) -> Callable[[float], float]:
     """A product of two 2048 x 2048 matrices by scipy-openblas32's own threads: seconds to spend -> FLOP/s."""
-    prepare_environment()  # its AVX-512 kernels, on every processor that has them
+    # It may not know a new processor: without this it takes one that has AVX-512 for a Haswell.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= cpu_flags():
+        os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
     import scipy_openblas32
 
     blas = ctypes.CDLL(str(Path(scipy_openblas32.get_lib_dir()) / "libscipy_openblas.so"))
@@ -55,7 +58,6 @@ def openblas(threads: int) -> Callable[[float], float]:
         best, end = seconds_of_one(), time.perf_counter() + seconds
         while time.perf_counter() < end:
             best = min(best, seconds_of_one())
-        blas.scipy_openblas_set_num_threads(1)  # hpcpipe calls the same library from threads of its own
         return 2.0 * SIZE**3 / best
 
     measure(0.0)

@@ -31,8 +31,6 @@ LEVELS = {
     "x86-64-v3": "avx2 fma f16c bmi1 bmi2 abm movbe",
     "portable": "",
 }
-# OpenBLAS's name for the kernels to use, best first. It may not know a new processor, but it knows these.
-BLAS_CORES = {"SkylakeX": "avx512f avx512bw avx512cd avx512dq avx512vl", "Haswell": "avx2 fma"}
 TYPES: dict[str, np.dtype[Any]] = {
     "r": np.dtype("float32"),
     "i": np.dtype("int32"),
@@ -74,21 +72,13 @@ def library(level: str) -> Path:
 
 
 def prepare_environment() -> None:
-    """Settings that the libraries read when they are loaded.
+    """Settings that OpenMP reads when it is loaded.
 
-    OpenBLAS's kernels decide the last bits of every product, so they are chosen here, by the processor: what a rank's
-    shell happens to export must not make it differ from the others (or run AVX-512 processors as if they were a
-    Haswell, at half their speed). A thread that waits for its team's next loop spins for about 100 microseconds, not
-    for milliseconds: with more ranks than cores it would hold up the others.
+    A thread that waits for its team's next loop spins for about 100 microseconds, not for milliseconds: with more ranks
+    than cores it would hold up the others.
     """
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("KMP_BLOCKTIME", "0")
-    os.environ.pop("OPENBLAS_L2_SIZE", None)
-    flags = cpu_flags()
-    core = next((name for name, needed in BLAS_CORES.items() if set(needed.split()) <= flags), None)
-    if core:
-        os.environ["OPENBLAS_CORETYPE"] = core
 
 
 def load(level: str) -> ctypes.CDLL:
@@ -97,10 +87,6 @@ def load(level: str) -> ctypes.CDLL:
     if not path.exists():
         raise RuntimeError(f"the native library {path.name} is not in {FOLDER}: run make build")
     prepare_environment()
-    import scipy_openblas32  # only here: reading a config or a plan needs no BLAS
-
-    blas = Path(scipy_openblas32.get_lib_dir()) / "libscipy_openblas.so"
-    ctypes.CDLL(str(blas), mode=ctypes.RTLD_GLOBAL)  # our library names it by soname only, so it must be there first
     lib = ctypes.CDLL(str(path))
     lib.hp_table_digest.restype = ctypes.c_char_p
     if lib.hp_table_digest().decode() != digest():

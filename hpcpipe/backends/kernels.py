@@ -91,14 +91,17 @@ def _row(
 # v vocabulary, s learned positions, h query heads, k key/value heads, d head width. Matrices are row-major, weights are
 # [out, in].
 # attention: the causal half is counted once; flops are what the mathematics needs, not what a blocked kernel pads.
-_PRODUCT_WORK = "4*768*(1032+96)"  # HP_PRODUCT_SHARED + HP_PRODUCT_OWN, see product.h
+def _product(m: str, k: str) -> str:  # bytes for m rows by a depth of k: HP_PRODUCT_WORK of product.h
+    return f"4*min({k},768)*(min({m}+12,1032)+96)"
+
+
 _ATTENTION_WORK = "4*(2*72*(t+32)+(3*(t+32)+4*72)*(d+32))"  # two blocks of scores and panels, see attention.c
 # fmt: off
 TABLE: tuple[Kernel, ...] = (
     # y = x wᵀ + b;  dx = dy w;  dw += dyᵀ x, db += Σ dy
-    _row("linear_fwd", "y[n,o]", "x[n,c] w[o,c] b?[o]", "n o c", "2*n*o*c", work=_PRODUCT_WORK),
-    _row("linear_dx", "dx[n,c]", "dy[n,o] w[o,c]", "n o c", "2*n*o*c", work=_PRODUCT_WORK),
-    _row("linear_dw", "", "dw+[o,c] db+?[o] dy[n,o] x[n,c]", "n o c", "2*n*o*c", work=_PRODUCT_WORK),
+    _row("linear_fwd", "y[n,o]", "x[n,c] w[o,c] b?[o]", "n o c", "2*n*o*c", work=_product("n", "c")),
+    _row("linear_dx", "dx[n,c]", "dy[n,o] w[o,c]", "n o c", "2*n*o*c", work=_product("n", "o")),
+    _row("linear_dw", "", "dw+[o,c] db+?[o] dy[n,o] x[n,c]", "n o c", "2*n*o*c", work=_product("o", "n")),
     # y = w[ids];  dw[ids] += dy
     _row("embedding_fwd", "y[n,c]", "ids:i[n] w[v,c]", "n v c", "0"),
     _row("embedding_dw", "", "dw+[v,c] dy[n,c] ids:i[n]", "n v c", "n*c"),

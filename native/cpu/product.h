@@ -35,9 +35,8 @@ typedef int32_t hp_int4 __attribute__((vector_size(16)));
 #define HP_MIX(a, b, i, j, k, l) __builtin_shuffle(a, b, (hp_int4){i, j, k, l})
 #endif
 
-/* Bytes of work: the team's, and each thread's. */
-#define HP_PRODUCT_SHARED (4 * HP_DEEP * HP_ROWS_AT_ONCE)
-#define HP_PRODUCT_OWN (4 * HP_DEEP * HP_STRIP)
+/* Bytes of work per thread for m rows by a depth of k: the team's panels of a, and a thread's of a strip of b. */
+#define HP_PRODUCT_WORK(m, k) (4 * HP_MIN(k, HP_DEEP) * (HP_MIN((m) + HP_TALL, HP_ROWS_AT_ONCE) + HP_STRIP))
 
 /* A matrix: element (i, j) of op(x) is x[i ld + j], or x[j ld + i] where it is transposed. */
 typedef struct { const float *x; int64_t ld; int transposed; } hp_matrix;
@@ -145,17 +144,17 @@ static inline __attribute__((always_inline)) void hp_along(float *restrict to, c
     for (int64_t l = 0; rest && l < width; l++) to[whole * width * k + l] = l < rest ? x[whole * width + l] : 0;
   }
 }
-static void hp_panels_a(float *to, hp_matrix a, int64_t i, int64_t p, int64_t k, int64_t lines) {
+static inline void hp_panels_a(float *to, hp_matrix a, int64_t i, int64_t p, int64_t k, int64_t lines) {
   if (a.transposed) hp_along(to, a.x + p * a.ld + i, a.ld, k, lines, HP_TALL);
   else hp_across(to, a.x + i * a.ld + p, a.ld, k, lines, HP_TALL);
 }
-static void hp_panels_b(float *to, hp_matrix b, int64_t j, int64_t p, int64_t k, int64_t lines) {
+static inline void hp_panels_b(float *to, hp_matrix b, int64_t j, int64_t p, int64_t k, int64_t lines) {
   if (b.transposed) hp_across(to, b.x + j * b.ld + p, b.ld, k, lines, HP_WIDE);
   else hp_along(to, b.x + p * b.ld + j, b.ld, k, lines, HP_WIDE);
 }
 
 /* Columns [j0, j1) and rows [i0, i1) of c: panels of a against those of a strip of b. */
-static void hp_strip(float *c, int64_t ldc, const float *a, const float *b, int64_t i0, int64_t i1, int64_t j0,
+static inline void hp_strip(float *c, int64_t ldc, const float *a, const float *b, int64_t i0, int64_t i1, int64_t j0,
     int64_t j1, int64_t k, int add, const float *bias) {
   for (; i0 < i1; i0 += HP_BLOCK)
     for (int64_t j = j0; j < j1; j += HP_WIDE)
@@ -170,7 +169,7 @@ static inline int64_t hp_share(int64_t n, int64_t count, int64_t unit) {
 }
 
 /* c[m, n] (+)= a[m, k] b[k, n]; where it is not added to, c starts from the bias, if there is one. */
-static void hp_product(float *c, int64_t ldc, hp_matrix a, hp_matrix b, int64_t m, int64_t n, int64_t k, int add,
+static inline void hp_product(float *c, int64_t ldc, hp_matrix a, hp_matrix b, int64_t m, int64_t n, int64_t k, int add,
     const float *bias, void *work) {
   const int64_t deep = hp_share(k, (k + HP_DEEP - 1) / HP_DEEP, 1);
   const int64_t tall = hp_share(m, (m + HP_ROWS_AT_ONCE - 1) / HP_ROWS_AT_ONCE, HP_TALL);
@@ -180,8 +179,7 @@ static void hp_product(float *c, int64_t ldc, hp_matrix a, hp_matrix b, int64_t 
     const int64_t wide = hp_share(n, (n + HP_STRIP - 1) / HP_STRIP, HP_WIDE), strips = (n + wide - 1) / wide;
     const int64_t part = hp_share(tall, omp_get_num_threads() > 1 ? (turns + strips - 1) / strips : 1, HP_TALL);
     const int64_t parts = (tall + part - 1) / part;
-    float *own = (float *)((char *)work + HP_PRODUCT_SHARED + omp_get_thread_num() * HP_PRODUCT_OWN);
-    float *shared = work;
+    float *shared = work, *own = shared + tall * deep + omp_get_thread_num() * wide * deep;
     for (int64_t i0 = 0; i0 < m; i0 += tall)
       for (int64_t p = 0; p < k; p += deep) {
         const int64_t rows = HP_MIN(tall, m - i0), d = HP_MIN(deep, k - p);

@@ -4,12 +4,12 @@
  * Every thread of a team flushes subnormal numbers to zero, on input and output: late in training they appear in
  * moments and softmax tails and cost a hundred cycles each. The caller's own mode is given back to it after each
  * hp_run.
- * No allocation happens after hp_init: BLAS maps one buffer per thread on first use, so hp_init makes each use it once.
+ * Nothing is allocated while a recording runs.
  */
 #define _GNU_SOURCE
 #include <stdlib.h>
 #include <sys/mman.h>
-#include "team.h"
+#include "product.h"
 #if defined(__x86_64__) || defined(__i386__)
 #include <xmmintrin.h>
 #endif
@@ -46,13 +46,8 @@ void hp_init(int threads) {
   team = HP_MAX(1, threads);
   omp_set_dynamic(0);
   omp_set_num_threads(team);
-  scipy_openblas_set_num_threads(1);
 #pragma omp parallel num_threads(team)
-  {
-    float a[64] = {0}, c[64] = {0};
-    flush_to_zero();
-    hp_sgemm(CblasNoTrans, CblasNoTrans, 8, 8, 8, 1, a, 8, a, 8, 0, c, 8);
-  }
+  flush_to_zero();
   restore(before);
 }
 
@@ -66,10 +61,11 @@ void hp_run(const hp_call *calls, int64_t n, char *arena, const int64_t *bases, 
   restore(before);
 }
 
-/* Products of 512 x 512, one after the other in every thread at once, for about `seconds`. Only this allocates. */
+/* Products of 768 x 768, one after the other in every thread at once, for about `seconds`. Only this allocates. */
 double hp_matmul_peak(double seconds) {
-  enum { SIDE = 512, HUGE_PAGE = 2 << 20 };
-  const size_t size = (size_t)SIDE * SIDE, bytes = (3 * size * sizeof(float) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+  enum { SIDE = 768, HUGE_PAGE = 2 << 20 };
+  const size_t size = (size_t)SIDE * SIDE, work = HP_PRODUCT_WORK(SIDE, SIDE) / sizeof(float);
+  const size_t bytes = ((3 * size + work) * sizeof(float) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
   const uint64_t before = flush_to_zero();
   int64_t products = 0;
   double elapsed = 0;
@@ -79,11 +75,12 @@ double hp_matmul_peak(double seconds) {
 #ifdef MADV_HUGEPAGE
     if (a) (void)madvise(a, bytes, MADV_HUGEPAGE); /* as the arena of a run has them, where the system does */
 #endif
-    for (size_t e = 0; a && e < 3 * size; e++) a[e] = 1.0f / (float)(1 + e % 7);
+    for (size_t e = 0; a && e < 3 * size + work; e++) a[e] = 1.0f / (float)(1 + e % 7);
 #pragma omp barrier
     const double start = omp_get_wtime();
     while (a && elapsed < seconds) {
-      hp_sgemm(CblasNoTrans, CblasTrans, SIDE, SIDE, SIDE, 1, a, SIDE, a + size, SIDE, 0, a + 2 * size, SIDE);
+      const hp_matrix left = {a, SIDE, 0}, right = {a + size, SIDE, 1};
+      hp_product(a + 2 * size, SIDE, left, right, SIDE, SIDE, SIDE, 0, NULL, a + 3 * size);
       products++;
       elapsed = omp_get_wtime() - start;
     }

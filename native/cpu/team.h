@@ -1,11 +1,10 @@
-/* team.h: what the kernel families of this folder share: when to share work, how columns are summed, and BLAS.
+/* team.h: what the kernel families of this folder share: when to share work, and how columns are summed.
  *
  * One rule holds for all: how work is cut never decides in which order numbers are added, so a result has the same bits
  * for any number of threads.
  */
 #ifndef HPCPIPE_TEAM_H
 #define HPCPIPE_TEAM_H
-#include <cblas.h>
 #include <omp.h>
 #include "formula.h"
 #include "hpcpipe.h"
@@ -29,13 +28,6 @@
       for (int64_t e = e0_; e < e1_; e++) { __VA_ARGS__ }                             \
     }                                                                                 \
   } while (0)
-
-/* c[m,n] = alpha op(a) op(b) + beta c, row-major with row strides. */
-static inline void hp_sgemm(enum CBLAS_TRANSPOSE ta, enum CBLAS_TRANSPOSE tb, int64_t m, int64_t n, int64_t k,
-    float alpha, const float *a, int64_t lda, const float *b, int64_t ldb, float beta, float *c, int64_t ldc) {
-  scipy_cblas_sgemm(CblasRowMajor, ta, tb, (blasint)m, (blasint)n, (blasint)k, alpha, a, (blasint)lda, b, (blasint)ldb,
-      beta, c, (blasint)ldc);
-}
 
 /* sum += terms over j in [0, n): HP_LANES running sums, added in pairs at the end. The compiler, left to itself, either
  * keeps one running sum or adds the lanes of a vector one by one. */

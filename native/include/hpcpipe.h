@@ -27,7 +27,7 @@ static inline void *hp_pointer(const hp_arg *a, char *arena, const int64_t *base
 }
 
 const char *hp_table_digest(void);          /* names the kernel table this library was generated from */
-void hp_init(int threads);                  /* team size, flush-to-zero in every thread, single-threaded BLAS */
+void hp_init(int threads);                  /* team size, flush-to-zero in every thread */
 int hp_threads(void);
 void hp_dispatch(const hp_call *call, char *arena, const int64_t *bases, void *work);
 /* Walks a recording. `work` (arena offset, negative for none) is scratch shared by all calls. */
