@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.shape import OPTIMIZER, Job, Shape
+from benchmarks.shape import OPTIMIZER, THETA, Job, Shape
 from benchmarks.worker import Run, serve
 from hpcpipe import data
 from hpcpipe.comm.local import LocalWorld
@@ -30,8 +30,9 @@ def config_of(shape: Shape, folder: Path, microbatch: int) -> Config:
     """The run file of a shape, at a constant rate."""
     o = OPTIMIZER
     model = ModelConfig(
-        family="gpt2", layers=shape.layers, heads=shape.heads, width=shape.width, context=shape.length,
-        vocab=shape.vocabulary, tied=True,
+        family="llama" if shape.kv_heads else "gpt2", layers=shape.layers, heads=shape.heads, width=shape.width,
+        kv_heads=shape.kv_heads, ffn=shape.ffn, context=shape.length, vocab=shape.vocabulary, tied=not shape.kv_heads,
+        theta=THETA,
     )  # fmt: skip
     optimizer = OptimizerConfig(
         lr=o.lr, min_lr=o.lr, warmup=0, beta1=o.beta1, beta2=o.beta2, eps=o.eps, weight_decay=o.weight_decay,

@@ -12,8 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from benchmarks.shape import OPTIMIZER, Job, Shape
+from benchmarks.shape import OPTIMIZER, THETA, Job, Shape
 from benchmarks.worker import Run, serve
 
 DEFAULT = "unroll-dpa-gather"
@@ -51,7 +52,36 @@ def attention(qkv: jax.Array, heads: int, kind: str) -> jax.Array:
     return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), v).reshape(b, t, heads * d)
 
 
-def block(x: jax.Array, p: Tree, heads: int, kind: str) -> jax.Array:
+def rmsnorm(x: jax.Array, w: jax.Array) -> jax.Array:
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5) * w
+
+
+def rotate(x: jax.Array) -> jax.Array:
+    """Turns the pairs (i, i + d/2) of [b, t, heads, d] by t theta^(-2i/d)."""
+    t, d = x.shape[1], x.shape[3]
+    angles = np.outer(np.arange(t), THETA ** (np.arange(0, d, 2) / -d))
+    cosine, sine = (jnp.array(f(angles), jnp.float32)[:, None] for f in (np.cos, np.sin))
+    a, b = jnp.split(x, 2, -1)
+    return jnp.concatenate([a * cosine - b * sine, b * cosine + a * sine], -1)
+
+
+def llama_block(x: jax.Array, p: Tree, shape: Shape, kind: str) -> jax.Array:
+    b, t, c = x.shape
+    h, k = shape.heads, shape.kv_heads
+    heads = (rmsnorm(x, p["norm1.weight"]) @ p["attention.qkv.weight"]).reshape(b, t, h + 2 * k, c // h)
+    q, keys, values = rotate(heads[:, :, :h]), rotate(heads[:, :, h : h + k]), heads[:, :, h + k :]
+    if kind != "dpa":
+        raise ValueError("Llama has the dpa attention only")
+    y = jax.nn.dot_product_attention(q, keys, values, is_causal=True).reshape(b, t, c)
+    x = x + y @ p["attention.out.weight"]
+    gate, up = jnp.split(rmsnorm(x, p["norm2.weight"]) @ p["mlp.gate_up.weight"], 2, -1)
+    return x + (jax.nn.silu(gate) * up) @ p["mlp.down.weight"]
+
+
+def block(x: jax.Array, p: Tree, shape: Shape, kind: str) -> jax.Array:
+    if shape.kv_heads:
+        return llama_block(x, p, shape, kind)
+    heads = shape.heads
     qkv = layernorm(x, p["norm1.weight"], p["norm1.bias"]) @ p["attention.qkv.weight"] + p["attention.qkv.bias"]
     x = x + attention(qkv, heads, kind) @ p["attention.out.weight"] + p["attention.out.bias"]
     up = layernorm(x, p["norm2.weight"], p["norm2.bias"]) @ p["mlp.up.weight"] + p["mlp.up.bias"]
@@ -63,13 +93,17 @@ def loss_of(p: Tree, batch: jax.Array, shape: Shape, settings: tuple[str, str, s
     depth, kind, lookup = settings
     ids, targets = batch[:, :-1], batch[:, 1:]
     w = p["embed.weight"]
-    x = (jax.nn.one_hot(ids, shape.vocabulary) @ w if lookup == "onehot" else w[ids]) + p["embed.position"]
+    x = jax.nn.one_hot(ids, shape.vocabulary) @ w if lookup == "onehot" else w[ids]
+    x = x if shape.kv_heads else x + p["embed.position"]
     if depth == "scan":
-        x, _ = jax.lax.scan(lambda x, layer: (block(x, layer, shape.heads, kind), None), x, p["layers"])
+        x, _ = jax.lax.scan(lambda x, layer: (block(x, layer, shape, kind), None), x, p["layers"])
     else:
         for layer in p["layers"]:
-            x = block(x, layer, shape.heads, kind)
-    logits = layernorm(x, p["head.norm.weight"], p["head.norm.bias"]) @ w.T
+            x = block(x, layer, shape, kind)
+    if shape.kv_heads:
+        logits = rmsnorm(x, p["head.norm.weight"]) @ p["head.weight"]
+    else:
+        logits = layernorm(x, p["head.norm.weight"], p["head.norm.bias"]) @ w.T
     chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     return (jax.nn.logsumexp(logits, axis=-1) - chosen).mean()
 

@@ -1,4 +1,4 @@
-"""The PyTorch competitor: the GPT-2 module one writes today, eager or under torch.compile, on all cores of the mask.
+"""The PyTorch competitor: the GPT-2 or Llama module one writes today, eager or compiled, on all cores of the mask.
 
 Settings in its favour: scaled_dot_product_attention, fused AdamW, multi-tensor clipping, denormals flushed, no Python
 between the module and the optimizer beyond the five lines of a training step.
@@ -12,8 +12,65 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.shape import OPTIMIZER, Job, Shape
+from benchmarks.shape import OPTIMIZER, THETA, Job, Shape
 from benchmarks.worker import Run, serve
+
+
+def rotary(shape: Shape) -> torch.Tensor:
+    """Cosines and sines [2, length, d / 2] of the rotary angles."""
+    d = shape.width // shape.heads
+    angles = torch.outer(torch.arange(shape.length), THETA ** (torch.arange(0, d, 2, dtype=torch.float64) / -d))
+    return torch.stack([angles.cos(), angles.sin()]).float()
+
+
+def rotate(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """Turns the pairs (i, i + d/2) of [b, heads, t, d]."""
+    a, b = x.chunk(2, dim=-1)
+    cosine, sine = turn
+    return torch.cat([a * cosine - b * sine, b * cosine + a * sine], dim=-1)
+
+
+class LlamaBlock(nn.Module):
+    """Llama's block."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        c, self.sizes = shape.width, (shape.heads, shape.kv_heads, shape.kv_heads)
+        self.norm1, self.norm2 = nn.RMSNorm(c, eps=1e-5), nn.RMSNorm(c, eps=1e-5)
+        self.attention = nn.ModuleDict({"qkv": nn.Linear(c, shape.qkv, bias=False), "out": nn.Linear(c, c, bias=False)})
+        self.mlp = nn.ModuleDict(
+            {"gate_up": nn.Linear(c, 2 * shape.ffn, bias=False), "down": nn.Linear(shape.ffn, c, bias=False)}
+        )
+        self.register_buffer("turn", rotary(shape), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, t, c = x.shape
+        heads = self.attention["qkv"](self.norm1(x)).view(b, t, sum(self.sizes), -1).transpose(1, 2)
+        q, k, v = heads.split(self.sizes, dim=1)
+        y = F.scaled_dot_product_attention(
+            rotate(q, self.turn), rotate(k, self.turn), v, is_causal=True, enable_gqa=True
+        )
+        x = x + self.attention["out"](y.transpose(1, 2).reshape(b, t, c))
+        gate, up = self.mlp["gate_up"](self.norm2(x)).chunk(2, dim=-1)
+        return x + self.mlp["down"](F.silu(gate) * up)
+
+
+class Llama(nn.Module):
+    """Llama with a head of its own; parameter names are those of the job."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(shape.vocabulary, shape.width)
+        self.layer = nn.ModuleList(LlamaBlock(shape) for _ in range(shape.layers))
+        self.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
+        self.head.norm = nn.RMSNorm(shape.width, eps=1e-5)
+
+    def forward(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for block in self.layer:
+            x = block(x)
+        logits = self.head(self.head.norm(x))
+        return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
 
 
 class Block(nn.Module):
@@ -73,7 +130,7 @@ def build(job: Job, threads: int, variant: str) -> tuple[Run, str]:
     torch.set_float32_matmul_precision("highest")
     mode, _, kind = variant.partition("-")
     kind = kind or "fused"
-    model = GPT(job.shape)
+    model = (Llama if job.shape.kv_heads else GPT)(job.shape)
     model.load_state_dict({name: torch.from_numpy(w) for name, w in job.weights.items()})
     optimizer = optimizer_of(model, kind)
     parameters = list(model.parameters())

@@ -1,4 +1,4 @@
-"""What every competitor trains: one GPT-2 shape, its initial weights, its tokens and its optimizer, from one file.
+"""What every competitor trains: a GPT-2 or Llama shape, its initial weights, tokens and optimizer, from one file.
 
 The driver writes the file once per shape; each worker reads it, so that all train the same model on the same tokens and
 their losses can be compared. Needs numpy only, because the peers live in an environment of their own.
@@ -29,10 +29,13 @@ class Optimizer(NamedTuple):
 
 
 OPTIMIZER = Optimizer()
+THETA = 10000.0  # base of Llama's rotary angles
 
 
 class Shape(NamedTuple):
-    """A GPT-2 model (LayerNorm, biases, tanh GELU, learned positions, tied embeddings, no dropout) and its batch."""
+    """A model and its batch: GPT-2 (LayerNorm, biases, tanh GELU, learned positions, tied embeddings, no dropout), or,
+    with key/value heads, Llama (RMSNorm, rotary positions, SwiGLU, grouped queries, untied).
+    """
 
     layers: int
     heads: int
@@ -40,6 +43,17 @@ class Shape(NamedTuple):
     length: int  # tokens of a sequence
     sequences: int  # sequences of a step
     vocabulary: int
+    kv_heads: int = 0  # 0: GPT-2
+
+    @property
+    def ffn(self) -> int:
+        """Width of the feed-forward half; Llama's is 8/3 of the width in whole 64s."""
+        return -(-8 * self.width // (3 * 64)) * 64 if self.kv_heads else 4 * self.width
+
+    @property
+    def qkv(self) -> int:
+        """Rows of the fused projection to queries, keys and values."""
+        return (self.heads + 2 * (self.kv_heads or self.heads)) * (self.width // self.heads)
 
     @property
     def tokens(self) -> int:
@@ -51,10 +65,12 @@ class Shape(NamedTuple):
         """FLOPs of one step: matrix products only, a multiply-add is two, backward is twice forward.
 
         The causal half of attention is counted once and nothing recomputed is counted, so the number is the same for
-        every competitor: forward, per token, 2 (12 L c² + c v) in the layers and the head, 2 L (t + 1) c in attention.
+        every competitor: forward, per token, two for each weight of the layers' matrices and of the head (GPT-2 has
+        12 L c² + c v), and 2 L (t + 1) c in attention.
         """
         c, t = self.width, self.length
-        forward = 2 * (12 * self.layers * c * c + c * self.vocabulary) + 2 * self.layers * (t + 1) * c
+        layer = (self.qkv + c + (3 if self.kv_heads else 2) * self.ffn) * c
+        forward = 2 * (self.layers * layer + c * self.vocabulary) + 2 * self.layers * (t + 1) * c
         return 3.0 * forward * self.tokens
 
     @property
@@ -62,18 +78,32 @@ class Shape(NamedTuple):
         """Name -> shape, in the order of execution."""
         c, shapes = self.width, {}
         shapes["embed.weight"] = (self.vocabulary, c)
-        shapes["embed.position"] = (self.length, c)
+        if not self.kv_heads:
+            shapes["embed.position"] = (self.length, c)
         for i in range(self.layers):
-            for name, shape in _layer(c).items():
+            for name, shape in (_llama if self.kv_heads else _gpt2)(self).items():
                 shapes[f"layer.{i}.{name}"] = shape
-        shapes["head.norm.weight"], shapes["head.norm.bias"] = (c,), (c,)
+        shapes["head.norm.weight"] = (c,)
+        if self.kv_heads:
+            shapes["head.weight"] = (self.vocabulary, c)
+        else:
+            shapes["head.norm.bias"] = (c,)
         return shapes
 
     def __str__(self) -> str:
-        return ",".join(str(size) for size in self)
+        return ",".join(str(size) for size in (self if self.kv_heads else self[:-1]))
 
 
-def _layer(c: int) -> dict[str, tuple[int, ...]]:
+def _llama(shape: Shape) -> dict[str, tuple[int, ...]]:
+    c, f = shape.width, shape.ffn
+    return {
+        "norm1.weight": (c,), "attention.qkv.weight": (shape.qkv, c), "attention.out.weight": (c, c),
+        "norm2.weight": (c,), "mlp.gate_up.weight": (2 * f, c), "mlp.down.weight": (c, f),
+    }  # fmt: skip
+
+
+def _gpt2(shape: Shape) -> dict[str, tuple[int, ...]]:
+    c = shape.width
     return {
         "norm1.weight": (c,), "norm1.bias": (c,),
         "attention.qkv.weight": (3 * c, c), "attention.qkv.bias": (3 * c,),
@@ -85,11 +115,14 @@ def _layer(c: int) -> dict[str, tuple[int, ...]]:
 
 
 def parse(text: str) -> Shape:
-    """A shape from ``layers,heads,width,length,sequences,vocabulary``; raises ValueError with a sentence."""
+    """A shape from ``layers,heads,width,length,sequences,vocabulary[,kv_heads]``; raises ValueError with a sentence."""
     parts = text.split(",")
-    if len(parts) != len(Shape._fields) or not all(p.strip().isdigit() and int(p) > 0 for p in parts):
-        raise ValueError(f"a shape is six positive integers {','.join(Shape._fields)}, got {text!r}")
+    if len(parts) not in (6, 7) or not all(p.strip().isdigit() and int(p) > 0 for p in parts):
+        fields = ",".join(Shape._fields)
+        raise ValueError(f"a shape is six positive integers, or seven for Llama, {fields}, got {text!r}")
     shape = Shape(*(int(p) for p in parts))
+    if shape.kv_heads and shape.heads % shape.kv_heads:
+        raise ValueError(f"{shape.heads} heads do not divide by {shape.kv_heads} key/value heads")
     if shape.width % shape.heads:
         raise ValueError(f"width {shape.width} is not a multiple of {shape.heads} heads")
     return shape

@@ -23,7 +23,9 @@ from typing import Any
 from benchmarks.contest import Competitor, Failed, Process, start, start_peak, vendor_shim
 from benchmarks.shape import Shape, parse, write
 
-SHAPES = ("4,4,128,64,12,65", "6,6,384,256,16,65", "8,8,512,256,8,8192")
+SHAPES = (
+    "4,4,128,64,12,65", "6,6,384,256,16,65", "8,8,512,256,8,8192", "12,12,768,512,4,50304", "8,8,512,1024,2,32000,2",
+)  # fmt: skip
 PEERS = Path(__file__).resolve().parent.parent / ".venv-peers/bin/python"
 AGREE = 1e-3  # relative difference of the first losses that still counts as the same model
 
@@ -58,7 +60,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="default 7, or 3 with --quick")
     parser.add_argument("--seconds", type=float, help="aimed length of one turn at 100 GFLOP/s; default 1.5, or 0.4")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes everything that was measured")
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="L,H,C,T,B,V",
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="L,H,C,T,B,V[,K]",
                         help="layers,heads,width,length,sequences,vocabulary")  # fmt: skip
     parser.add_argument("--competitors", nargs="+", default=COMPETITORS, metavar="NAME[:VARIANT]",
                         help=f"the first is compared with each other one; default {' '.join(COMPETITORS)}")  # fmt: skip
@@ -94,7 +96,8 @@ def contest(shape: Shape, args: argparse.Namespace, threads: int) -> dict[str, A
     """All competitors on one shape; prints its table and returns all that was measured."""
     steps = max(1, min(200, round(args.seconds * 1e11 / shape.flops)))
     parameters = sum(size[0] * (size[1] if len(size) > 1 else 1) for size in shape.parameters.values())
-    print(f"\n{shape} (layers, heads, width, length, sequences, vocabulary): {parameters / 1e6:.2f} M parameters,")
+    print(f"\n{shape} (layers, heads, width, length, sequences, vocabulary, for Llama its key/value heads):")
+    print(f"{parameters / 1e6:.2f} M parameters,", end=" ")
     print(f"{shape.tokens} tokens and {shape.flops / 1e9:.1f} GFLOP a step, {steps} steps a turn", flush=True)
     with tempfile.TemporaryDirectory(prefix="hpcpipe-bench-") as folder:
         job = Path(folder) / "job.npz"
