@@ -5,7 +5,7 @@
 The recorded passes of a microbatch run as in training, but call by call with a clock between, so that every kernel
 finds the caches as it would. Its limit is the longer of its FLOPs at the product peak and its bytes at the speed of a
 copy, both measured in turn with the passes; bytes are those of its operands, once each, so a kernel whose operands are
-still in a cache may beat the copy.
+still in a cache may beat the copy. Whole steps follow, and how much of them is not spent in C.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from hpcpipe.backends.null import PASSES, Call
 from hpcpipe.comm.local import LocalWorld
 from hpcpipe.job import Job as Training
 from hpcpipe.rehearsal import rehearse
+from hpcpipe.steps import Steps
 
 SHAPE = "8,8,512,256,8,8192"
 COPIED = 64 << 20  # bytes of a copy: more than caches hold
@@ -70,8 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             backend.run(handle, training.executor.arena, bases, training.executor.memory.work)
             seconds[turn, i] = perf_counter() - begin  # the first turn is written over
     training.executor.clear("GRAD")
+    whole, native = steps(training, rounds)
     report = table(calls, np.median(seconds, axis=0), median(peaks), median(copies), args.each)
     report |= {"machine": machine(), "threads": backend.threads, "level": backend.level, "shape": args.shape._asdict()}
+    report |= {"step": whole, "native": native}
     show(report)
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -98,6 +101,37 @@ def timed(training: Training) -> list[Timed]:
             handle = training.backend.compile([call], lambda t, s=stage: s.layout.where[t.id])
             found.append(Timed(call.kernel, call, handle, bases))
     return found
+
+
+class Clocked:
+    """The native library with a clock around its walk."""
+
+    def __init__(self, library: Any) -> None:
+        self.library, self.seconds = library, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.library, name)
+
+    def hp_run(self, *args: Any) -> None:
+        """Runs a recording."""
+        begin = perf_counter()
+        self.library.hp_run(*args)
+        self.seconds += perf_counter() - begin
+
+
+def steps(training: Training, rounds: int) -> tuple[float, float]:
+    """Seconds of a step, data and optimizer with it, and how many of them the native library had; medians."""
+    training.predicted = rehearse(training)
+    training.tell = lambda *_: None  # type: ignore[method-assign]
+    run, clock, found = Steps(training), Clocked(training.backend._lib), []
+    training.backend._lib = clock
+    for step in range(rounds + 1):
+        before, begin = clock.seconds, perf_counter()
+        run.run(step, False)
+        run.settle()
+        found.append((perf_counter() - begin, clock.seconds - before))
+    whole, native = (float(each) for each in np.median(found[1:], axis=0))
+    return whole, native
 
 
 def copy_speed(backend: Any, target: np.ndarray, source: np.ndarray) -> float:
@@ -146,6 +180,7 @@ def show(report: dict[str, Any]) -> None:
               f"{moved / 1e9:>8.1f} {limit:>12.0%}")  # fmt: skip
     flops, limit = (sum(row[key] for row in rows) / total for key in ("flops", "limit"))
     print(f"{'all':<{width}} {'':>5} {1e3 * total:>9.3f} {'':>7} {flops / 1e9:>8.1f} {'':>8} {limit:>12.0%}")
+    print(f"a step of {1e3 * report['step']:.2f} ms, {1 - report['native'] / report['step']:.2%} of it outside of C")
 
 
 if __name__ == "__main__":

@@ -125,9 +125,7 @@ static float weights(float *restrict s, int64_t seen, int64_t whole, float *maxi
   for (int64_t j = seen; j < whole; j++) s[j] = -INFINITY;
 #pragma omp simd reduction(max : top)
   for (int64_t j = 0; j < whole; j++) top = s[j] > top ? s[j] : top;
-#pragma omp simd
-  for (int64_t j = 0; j < whole; j++) s[j] = hp_exp(s[j] - top);
-  HP_SUM(sum, whole, s[j]);
+  HP_SUM(sum, whole, s[j] = hp_exp(s[j] - top));
   *maximum = top;
   return sum;
 }

@@ -2,7 +2,7 @@
  *
  * Blocks of a, HP_DEEP deep, are copied by all threads into panels of HP_TALL rows; then strips of b's columns are
  * handed out, and whoever takes one copies it into panels of HP_WIDE columns and multiplies. The innermost loop holds
- * HP_TALL x HP_WIDE sums in registers and finds its operands in the first-level cache, one after the other.
+ * HP_TALL x HP_WIDE sums in registers and reads its operands one after the other, so that they are fetched in time.
  * The trick: a sum's order is that of its depth, cut into blocks by the depth alone. So its bits depend on nothing
  * else: not on the number of threads, not on how many rows or columns are asked for at once, not on a library.
  */
