@@ -32,6 +32,9 @@ class Backend(Protocol):
     def run(self, handle: Any, memory: Any, bases: Any, work: int) -> None:
         """Executes a compiled pass; a tensor lies at memory + bases[region] + offset, scratch at ``work``."""
 
+    def bound(self, handle: Any, memory: Any, bases: Any, work: int) -> Callable[[], None]:
+        """``run``, prepared: the operands stay where they are, and what they hold may change."""
+
     def matmul_peak(self, seconds: float) -> float:
         """FLOP/s of float32 matrix products on this device, measured now for about ``seconds``."""
 

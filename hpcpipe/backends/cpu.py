@@ -13,6 +13,7 @@ import os
 import platform
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,7 +94,10 @@ def load(level: str) -> ctypes.CDLL:
         raise RuntimeError(f"the native library {path.name} was built from another kernel table: run make build")
     address = ctypes.c_void_p
     lib.hp_init.argtypes, lib.hp_init.restype = [ctypes.c_int], None
-    lib.hp_run.argtypes, lib.hp_run.restype = [address, ctypes.c_int64, address, address, ctypes.c_int64], None
+    lib.hp_run.argtypes, lib.hp_run.restype = (
+        [address, ctypes.c_int64, address, address, ctypes.c_int64, ctypes.c_int],
+        None,
+    )
     lib.hp_matmul_peak.argtypes, lib.hp_matmul_peak.restype = [ctypes.c_double], ctypes.c_double
     return lib
 
@@ -151,13 +155,17 @@ class CpuBackend:
 
     def run(self, handle: Compiled, memory: Array, bases: Array, work: int = -1) -> None:
         """Executes a compiled pass; a tensor lies at memory + bases[region] + offset, scratch at ``work``."""
+        self.bound(handle, memory, bases, work)()
+
+    def bound(self, handle: Compiled, memory: Array, bases: Array, work: int = -1) -> Callable[[], None]:
+        """What ``run`` would do, with nothing left to Python but the call."""
         if work < 0 < handle.work:
             raise ValueError(f"cpu backend: this pass needs {handle.work} bytes of scratch per thread, none was given")
-        # A team belongs to the Python thread that asked for it, and another backend may have asked for another size.
-        if self._lib.hp_threads() != self.threads:
-            self._lib.hp_init(self.threads)
-        bases = np.ascontiguousarray(bases, dtype=np.int64)
-        self._lib.hp_run(handle.words.ctypes.data, len(handle.words), memory.ctypes.data, bases.ctypes.data, work)
+        kept = handle.words, memory, np.ascontiguousarray(bases, dtype=np.int64)
+        words, arena, table = (array.ctypes.data for array in kept)
+        call: Any = partial(self._lib.hp_run, words, len(handle.words), arena, table, work, self.threads)
+        call.kept = kept  # C has only their addresses
+        return call  # type: ignore[no-any-return]
 
     def matmul_peak(self, seconds: float = 0.2) -> float:
         """FLOP/s of float32 matrix products on this team, measured now."""

@@ -343,9 +343,7 @@ class Step(NamedTuple):
 class ReferenceBackend:
     """Runs recordings with the functions above on host memory. ``dtype`` is the real type: float32 or float64."""
 
-    name = "reference"
-    level = "numpy"
-    threads = 1
+    name, level, threads = "reference", "numpy", 1
 
     def __init__(self, dtype: str = "float32") -> None:
         if dtype not in ("float32", "float64"):
@@ -377,6 +375,10 @@ class ReferenceBackend:
             Step(FUNCTIONS[c.kernel], tuple(map(place, c.buffers)), (*c.ints[len(c.row.dims) :], *c.reals))
             for c in calls
         )
+
+    def bound(self, handle: tuple[Step, ...], memory: Array, bases: Array, work: int = -1) -> Callable[[], None]:
+        """``run``, prepared."""
+        return lambda: self.run(handle, memory, bases, work)
 
     def run(self, handle: tuple[Step, ...], memory: Array, bases: Array, work: int = -1) -> None:
         """Executes a compiled pass; a buffer lies at ``bases[region] + offset``. Needs no work space."""

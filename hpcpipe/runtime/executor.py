@@ -123,11 +123,10 @@ class Executor:
     ) -> Callable[[], None]:
         kind, stage, slot = instruction.kind, instruction.stage, instruction.slot
         if kind in PASSES:
-            bases, run, arena, work = self.bases(instruction), self.backend.run, self.arena, self.memory.work
-            first, *rest = self.pieces[stage, kind] if channels else [self.passes[stage, kind]]
-            if not rest:
-                return lambda: run(first, arena, bases, work)
-            return _in_pieces(run, (first, *rest), arena, bases, work, self.link.progress)
+            bases, arena, work = self.bases(instruction), self.arena, self.memory.work
+            parts = self.pieces[stage, kind] if channels else [self.passes[stage, kind]]
+            first, *rest = (self.backend.bound(part, arena, bases, work) for part in parts)
+            return _in_pieces((first, *rest), self.link.progress) if rest else first
         if kind == "REDUCE":
             return (lambda: reduce(stage)) if reduce else (lambda: None)
         assert slot is not None
@@ -159,12 +158,10 @@ def _portions(calls: Sequence[Call]) -> list[Sequence[Call]]:
     return [calls[a:b] for a, b in pairwise([*ends, len(calls)])]
 
 
-def _in_pieces(
-    run: Callable[..., None], handles: Sequence[Any], arena: Any, bases: Any, work: int, between: Callable[[], None]
-) -> Callable[[], None]:
+def _in_pieces(pieces: Sequence[Callable[[], None]], between: Callable[[], None]) -> Callable[[], None]:
     def compute() -> None:
-        for handle in handles:
-            run(handle, arena, bases, work)
+        for piece in pieces:
+            piece()
             between()
 
     return compute

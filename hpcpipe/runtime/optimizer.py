@@ -7,8 +7,7 @@ comes from one kernel on one rank, and the terms are added in the order of their
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
@@ -49,7 +48,6 @@ class AdamW:
     ) -> None:
         self.executor, self.config = executor, config
         self.hyper = executor.array("SCALAR", 0, (HYPER,), "d")
-        self._bases = executor.bases()
         self._norms = self._compile(_norm_calls(params))
         self._whole, self._try, self._keep = (
             self._compile(_update_calls(params, config.weight_decay, kernel)) for kernel in UPDATES
@@ -63,7 +61,7 @@ class AdamW:
 
     def squares(self, into: np.ndarray) -> None:
         """Writes Σ g² of this rank's own parameters to their places in ``into`` (float64, one per name)."""
-        self._run(self._norms)
+        self._norms()
         into[self._index] = self._sums[self._mine]
 
     def scale(self, squares: np.ndarray) -> tuple[float, float]:
@@ -75,7 +73,7 @@ class AdamW:
     def update(self, step: int, lr: float, scale: float) -> None:
         """p, m, v <- AdamW; the gradient is cleared. ``step`` counts from 0."""
         self._set(step, lr, scale)
-        self._run(self._whole)
+        self._whole()
 
     # The same in two halves: the new values before the norm is known, on the guess that nothing is clipped; then, when
     # it is known, the rest, or everything back. Needs memory for the old values (region BEFORE).
@@ -83,11 +81,11 @@ class AdamW:
     def guess(self, step: int, lr: float) -> None:
         """p <- AdamW as if nothing were clipped; moments and gradient stay."""
         self._set(step, lr, 1.0)
-        self._run(self._try)
+        self._try()
 
     def keep(self) -> None:
         """The guess was right: m, v <- AdamW, the gradient is cleared. ``update`` is then done, bit for bit."""
-        self._run(self._keep)
+        self._keep()
 
     def take_back(self) -> None:
         """The guess was wrong: p is again what it was before it."""
@@ -97,19 +95,18 @@ class AdamW:
         c = self.config
         self.hyper[:] = (lr, c.beta1, c.beta2, c.eps, 1 - c.beta1 ** (step + 1), 1 - c.beta2 ** (step + 1), scale, 0)
 
-    def _run(self, handle: Any) -> None:
-        self.executor.backend.run(handle, self.executor.arena, self._bases, self.executor.memory.work)
-
-    def _compile(self, placed: list[tuple[Call, dict[int, tuple[str, int]]]]) -> Any:
-        """Compiles calls whose tensors carry unique numbers; places are (region, bytes or elements of r)."""
-        real = self.executor.backend.real
+    def _compile(self, placed: list[tuple[Call, dict[int, tuple[str, int]]]]) -> Callable[[], None]:
+        """Prepares calls whose tensors carry unique numbers; places are (region, bytes or elements of r)."""
+        executor, backend, real = self.executor, self.executor.backend, self.executor.backend.real
         where: dict[int, tuple[int, int]] = {}
         for call, places in placed:
             for tensor in call.buffers:
                 assert tensor is not None
                 region, at = places[tensor.id]
                 where[tensor.id] = (INDEX[region], at if region == "SCALAR" else at * real)
-        return self.executor.backend.compile([call for call, _ in placed], lambda t: where[t.id])
+        handle = backend.compile([call for call, _ in placed], lambda t: where[t.id])
+        run: Callable[[], None] = backend.bound(handle, executor.arena, executor.bases(), executor.memory.work)
+        return run
 
 
 def _norm_calls(params: Parameters) -> list[tuple[Call, dict[int, tuple[str, int]]]]:

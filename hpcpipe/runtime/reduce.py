@@ -7,7 +7,7 @@ the copies 0, 1, …, so the sum is the same bits on every run and under every M
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from hpcpipe.backends.null import Call, Tensor
@@ -28,7 +28,7 @@ class Reducer:
     def __init__(self, executor: Executor, params: Parameters, copies: Mapping[int, Link]) -> None:
         self.executor, self.params, self.copies = executor, params, copies
         self._bases = executor.bases()
-        self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._prepared: dict[tuple[Any, ...], Callable[[], None]] = {}
 
     def stage(self, index: int) -> None:
         """Sums one stage's gradients over the copies of the model."""
@@ -71,12 +71,14 @@ class Reducer:
         """into += source[0:n], then += source[n:2n], … ``terms`` times, in this order; offsets in elements."""
         key = (into, source, n, terms)
         backend, real = self.executor.backend, self.executor.backend.real
-        if key not in self._compiled:
+        if key not in self._prepared:
             where = {0: (INDEX[into[0]], real * into[1])}
             where |= {i: (INDEX[source[0]], real * (source[1] + n * (i - 1))) for i in range(1, terms + 1)}
             calls = [Call("accumulate", (Tensor(0, (n,)), Tensor(i, (n,))), (n,), ()) for i in range(1, terms + 1)]
-            self._compiled[key] = backend.compile(calls, lambda t: where[t.id])
-        backend.run(self._compiled[key], self.executor.arena, self._bases, self.executor.memory.work)
+            handle = backend.compile(calls, lambda t: where[t.id])
+            arena, work = self.executor.arena, self.executor.memory.work
+            self._prepared[key] = backend.bound(handle, arena, self._bases, work)
+        self._prepared[key]()
 
     def _view(self, region: str, at: int, n: int) -> Any:
         return self.executor.array(region, self.executor.backend.real * at, (n,))

@@ -69,7 +69,8 @@ class Watch:
         while not self._stopped.wait(self.tick):
             clock = time.monotonic()
             now, last = now + min(clock - last, 5 * self.tick), clock
-            act(now)
+            with contextlib.suppress(SystemExit):  # the job has been ended, and not by this thread's own end
+                act(now)
 
     def look(self, now: float) -> None:
         """One look at where I am, and into the folder."""

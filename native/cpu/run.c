@@ -53,7 +53,8 @@ void hp_init(int threads) {
 
 int hp_threads(void) { return team; }
 
-void hp_run(const hp_call *calls, int64_t n, char *arena, const int64_t *bases, int64_t work) {
+void hp_run(const hp_call *calls, int64_t n, char *arena, const int64_t *bases, int64_t work, int threads) {
+  if (team != threads) hp_init(threads); /* another backend of this thread may have asked for another size */
   const uint64_t before = flush_to_zero();
   void *shared = work < 0 ? NULL : arena + work;
   omp_set_num_threads(HP_MAX(1, team)); /* another library in this thread may have asked for more than `work` holds */

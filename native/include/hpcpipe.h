@@ -30,8 +30,8 @@ const char *hp_table_digest(void);          /* names the kernel table this libra
 void hp_init(int threads);                  /* team size, flush-to-zero in every thread */
 int hp_threads(void);
 void hp_dispatch(const hp_call *call, char *arena, const int64_t *bases, void *work);
-/* Walks a recording. `work` (arena offset, negative for none) is scratch shared by all calls. */
-void hp_run(const hp_call *calls, int64_t n, char *arena, const int64_t *bases, int64_t work);
+/* Walks a recording with a team of `threads`. `work` (arena offset, negative for none) is scratch for all calls. */
+void hp_run(const hp_call *calls, int64_t n, char *arena, const int64_t *bases, int64_t work, int threads);
 double hp_matmul_peak(double seconds);      /* FLOP/s of float32 products on this team, measured now */
 
 void hp_linear_fwd(float *y, const float *x, const float *w, const float *b, int64_t n, int64_t o, int64_t c,

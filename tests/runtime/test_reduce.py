@@ -109,7 +109,7 @@ def test_repeated_sums_compile_once() -> None:
             grad[:] = 1.0
             reducer.stage(0)
             assert (grad[: p.ranks[0].params.size] == 2.0).all()
-            counts.append(len(reducer._compiled))
+            counts.append(len(reducer._prepared))
         return counts
 
     assert LocalWorld(2).run(rank) == [[1, 1, 1]] * 2
