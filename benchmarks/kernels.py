@@ -16,11 +16,13 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.kernels", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes everything that was measured")
-    parser.add_argument("--shape", type=parse, default=SHAPE, metavar="L,H,C,T,B,V", help=f"default {SHAPE}")
+    parser.add_argument("--shape", type=parse, default=SHAPE, metavar="L,H,C,T,B,V[,K]", help=f"default {SHAPE}")
     parser.add_argument("--threads", type=int, help="default: one for each core of the affinity mask")
     parser.add_argument("--each", action="store_true", help="a line for each shape of a kernel's operands")
     args = parser.parse_args(argv)
@@ -85,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def prepared(shape: Shape) -> Training:
     """A run of one rank before its first step."""
     load = cpu.load
-    cpu.load = lambda level: Clocked(load(level))  # type: ignore[assignment, return-value]
-    with TemporaryDirectory(prefix="hpcpipe-bench-") as name:
+    clocked = patch.object(cpu, "load", lambda level: Clocked(load(level)))
+    with TemporaryDirectory(prefix="hpcpipe-bench-") as name, clocked:
         folder = Path(name)
         write_dataset(folder, Job(shape, {}, synthetic_tokens(shape, 1)))
         training = Training(config_of(shape, folder, microbatch_of(shape)), LocalWorld(1).links[0])
@@ -126,7 +128,7 @@ def steps(training: Training, rounds: int) -> tuple[float, float]:
     """Seconds of a step, data and optimizer with it, and how many of them the native library had; medians."""
     clock: Clocked = training.backend._lib
     training.predicted = rehearse(training)
-    training.tell = lambda *_: None  # type: ignore[method-assign]
+    training.tell = lambda *_: None
     run, found = Steps(training), []
     for step in range(4 * rounds):
         before, begin = clock.seconds, perf_counter()
@@ -139,8 +141,6 @@ def steps(training: Training, rounds: int) -> tuple[float, float]:
 
 def copy_speed(backend: Any, target: np.ndarray, source: np.ndarray) -> float:
     """Bytes per second, read and written, of each thread's share of a copy."""
-    from concurrent.futures import ThreadPoolExecutor
-
     parts = np.array_split(np.arange(target.size), backend.threads)
     spans = [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
     with ThreadPoolExecutor(backend.threads) as pool:
@@ -162,8 +162,9 @@ def table(calls: Sequence[Timed], seconds: np.ndarray, peak: float, copy: float,
         for i, value in enumerate((1, took, flops, moved, max(flops / peak, moved / copy))):
             row[i] += value
     keys = ("calls", "seconds", "flops", "bytes", "limit")
-    found = [{"kernel": name} | dict(zip(keys, row, strict=True)) for name, row in rows.items()]
-    return {"peak": peak, "copy": copy, "kernels": sorted(found, key=lambda row: -float(row["seconds"]))}  # type: ignore[arg-type]
+    ordered = sorted(rows.items(), key=lambda item: -item[1][1])
+    found = [{"kernel": name} | dict(zip(keys, row, strict=True)) for name, row in ordered]
+    return {"peak": peak, "copy": copy, "kernels": found}
 
 
 def show(report: dict[str, Any]) -> None:

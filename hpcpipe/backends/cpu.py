@@ -94,10 +94,8 @@ def load(level: str) -> ctypes.CDLL:
         raise RuntimeError(f"the native library {path.name} was built from another kernel table: run make build")
     address = ctypes.c_void_p
     lib.hp_init.argtypes, lib.hp_init.restype = [ctypes.c_int], None
-    lib.hp_run.argtypes, lib.hp_run.restype = (
-        [address, ctypes.c_int64, address, address, ctypes.c_int64, ctypes.c_int],
-        None,
-    )
+    lib.hp_run.argtypes = [address, ctypes.c_int64, address, address, ctypes.c_int64, ctypes.c_int]
+    lib.hp_run.restype = None
     lib.hp_matmul_peak.argtypes, lib.hp_matmul_peak.restype = [ctypes.c_double], ctypes.c_double
     return lib
 
@@ -161,11 +159,9 @@ class CpuBackend:
         """What ``run`` would do, with nothing left to Python but the call."""
         if work < 0 < handle.work:
             raise ValueError(f"cpu backend: this pass needs {handle.work} bytes of scratch per thread, none was given")
-        kept = handle.words, memory, np.ascontiguousarray(bases, dtype=np.int64)
-        words, arena, table = (array.ctypes.data for array in kept)
-        call: Any = partial(self._lib.hp_run, words, len(handle.words), arena, table, work, self.threads)
-        call.kept = kept  # C has only their addresses
-        return call  # type: ignore[no-any-return]
+        arrays = handle.words, memory, np.ascontiguousarray(bases, dtype=np.int64)
+        words, arena, table = (array.ctypes.data_as(ctypes.c_void_p) for array in arrays)  # which keep their arrays
+        return partial(self._lib.hp_run, words, len(handle.words), arena, table, work, self.threads)
 
     def matmul_peak(self, seconds: float = 0.2) -> float:
         """FLOP/s of float32 matrix products on this team, measured now."""

@@ -87,14 +87,15 @@ def _row(
     )
 
 
+def _product(m: str, k: str) -> str:
+    """Scratch of a product with m rows and a depth of k: HP_PRODUCT_WORK of product.h."""
+    return f"4*min({k},768)*(min({m}+12,1032)+96)"
+
+
 # Letters: n tokens of a microbatch (b sequences of t), c channels in, o channels out, f feed-forward width,
 # v vocabulary, s learned positions, h query heads, k key/value heads, d head width. Matrices are row-major, weights are
 # [out, in].
 # attention: the causal half is counted once; flops are what the mathematics needs, not what a blocked kernel pads.
-def _product(m: str, k: str) -> str:  # bytes for m rows by a depth of k: HP_PRODUCT_WORK of product.h
-    return f"4*min({k},768)*(min({m}+12,1032)+96)"
-
-
 _ATTENTION_WORK = "4*(2*72*(t+32)+(3*(t+32)+4*72)*(d+32))"  # two blocks of scores and panels, see attention.c
 # fmt: off
 TABLE: tuple[Kernel, ...] = (

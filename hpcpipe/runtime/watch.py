@@ -69,8 +69,10 @@ class Watch:
         while not self._stopped.wait(self.tick):
             clock = time.monotonic()
             now, last = now + min(clock - last, 5 * self.tick), clock
-            with contextlib.suppress(SystemExit):  # the job has been ended, and not by this thread's own end
+            try:
                 act(now)
+            except SystemExit:  # this thread has ended the job, and has no more to say
+                return
 
     def look(self, now: float) -> None:
         """One look at where I am, and into the folder."""

@@ -37,7 +37,7 @@ MEANT = np.array(
 
 
 def check(programs: Sequence[Program]) -> None:
-    """Raises ScheduleError, in words, unless the programs come to their end together and slots hold what is read."""
+    """Raises ScheduleError, in words, unless all ops are there, slots hold what is read and all come to their end."""
     proof = _Proof(programs)
     proof.ops()
     proof.slots()
@@ -51,7 +51,8 @@ class _Proof:
 
     def __init__(self, programs: Sequence[Program]) -> None:
         self.programs = programs
-        self.stages = 1 + max((stage for p in programs for stage, _ in p.counts), default=0)
+        named = [int(p.table[:, 1].max(initial=0)) for p in programs]
+        self.stages = 1 + max([*named, *(stage for p in programs for stage, _ in p.counts)], default=0)
         lengths = [len(p.table) for p in programs]
         most = 1 + max((int(p.table[:, 2].max(initial=-1)) for p in programs), default=0)
         # Of tensors' numbers, from one microbatch to the next; of four bytes where all numbers fit into them.

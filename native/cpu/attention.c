@@ -18,8 +18,8 @@
 enum { HP_QUERIES = 72, HP_SIX = 6 };
 /* Row stride of a block of scores: not a power of two, whose rows would share a few cache sets. */
 #define HP_STRIDE(t) ((t) + 32)
-/* Numbers of the panels of one head's keys or values, across and along. The table's expression for `work` is made of
- * these: two blocks of scores, four sets of panels. */
+/* Numbers of the panels of one head's keys or values, at most. The table's expression for `work`: two blocks of scores,
+ * three such panels, and four of a block's queries. */
 #define HP_PANELS(t, d) (((t) + 32) * ((d) + 32))
 
 /* Rows of scores are worked on in whole vectors: up to 15 numbers beyond `end`, which no product reads. */

@@ -4,8 +4,8 @@
  *   fwd: y  = x w^T + b          writes y
  *   dx:  dx = dy w               writes dx
  *   dw:  dw += dy^T x, db += sum over n of dy     accumulates into dw, db
- * Moves each operand once (4 (n c + o c + n o) bytes, dw twice) and its panels; the output once more for every 384 of
- * depth.
+ * Moves each operand once (4 (n c + o c + n o) bytes, dw twice) and its panels; the output once more for every
+ * HP_DEEP of depth after the first.
  * The trick: see product.h. The bias is what a sum starts from.
  */
 #include "product.h"

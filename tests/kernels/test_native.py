@@ -112,6 +112,19 @@ def test_the_levels_of_this_machine_are_built() -> None:
     assert CpuBackend(1).level == LEVELS[0]
 
 
+def test_the_scratch_of_a_product_is_what_its_header_says() -> None:
+    """The table prices what the header lays out: both are in numbers, and C would write beyond a smaller one."""
+    text = (ROOT / "native/cpu/product.h").read_text()
+    deep, tall, strip, widest = (
+        max(map(int, re.findall(rf"\b{name} = (\d+)", text)))
+        for name in ("HP_DEEP", "HP_ROWS_AT_ONCE", "HP_STRIP", "HP_TALL")
+    )
+    for m, k in ((1, 1), (1000, 700), (1031, 768), (5000, 5000)):
+        env = {"n": m, "c": k, "o": 7}
+        needs = 4 * min(k, deep) * (min(m + widest, tall) + strip)
+        assert cpu.evaluate(BY_NAME["linear_fwd"].work, env) == needs
+
+
 def test_every_kernel_has_cases() -> None:
     assert {name for name, _ in CASES} == BY_NAME.keys()
     assert FAMILIES.keys() == {name.split("_")[0] for name in BY_NAME}
