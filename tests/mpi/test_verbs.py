@@ -72,6 +72,8 @@ def test_from_text_to_text(tmp_path: Path) -> None:
     assert {"grad_norm", "tokens_per_s", "flops_per_s", "bubble", "lr", "tokens"} <= steps[0].keys()
     assert {"parts", "predicted_seconds", "predicted_bubble", "worst_wait"} <= steps[0].keys()
     assert all(min(m["parts"].values()) >= 0 and m["seconds"] > 0 and m["ideal_seconds"] > 0 for m in steps)
+    accounted, clocked = sum(sum(m["parts"].values()) for m in steps), sum(m["seconds"] for m in steps)
+    assert accounted == pytest.approx(clocked, rel=0.25)  # steps of milliseconds on busy cores lose up to a tenth
     assert "a step: predicted " in trained.out and "its time: compute " in trained.out
     losses = [m["validation_loss"] for m in metrics if "validation_loss" in m]
     assert len(losses) == 3 and losses[-1] < losses[0] * 2 / 3
