@@ -30,7 +30,6 @@ from benchmarks.peer_hpcpipe import config_of, microbatch_of, write_dataset
 from benchmarks.shape import Job, Shape, parse, synthetic_tokens
 from benchmarks.step import machine
 from hpcpipe.backends import cpu
-from hpcpipe.backends.kernels import nbytes
 from hpcpipe.backends.null import PASSES, Call
 from hpcpipe.comm.local import LocalWorld
 from hpcpipe.job import Job as Training
@@ -156,7 +155,7 @@ def table(calls: Sequence[Timed], seconds: np.ndarray, peak: float, copy: float,
     """Time, FLOPs and bytes by kernel, and the share of its limit that it reaches."""
     rows: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0, 0.0])
     for one, took in zip(calls, seconds.tolist(), strict=True):
-        flops, moved = one.call.flops, nbytes(one.call.row, one.call.env)
+        flops, moved = one.call.flops, one.call.nbytes
         sizes = " ".join(f"{k}={v}" for k, v in one.call.env.items() if k in (*one.call.row.dims, *one.call.row.ints))
         row = rows[f"{one.name} {sizes}" if each else one.name]
         for i, value in enumerate((1, took, flops, moved, max(flops / peak, moved / copy))):

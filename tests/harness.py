@@ -7,7 +7,7 @@ lie canaries, so a kernel that writes past its output is caught at the pass that
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,18 @@ PATTERN = 0xA5
 
 
 class Rig:
-    """A layer with memory. ``real`` values are random normal at first, inputs are zero."""
+    """A layer with memory. ``real`` values are random normal at first, inputs are zero; ``key`` says that it trains."""
 
-    def __init__(self, layer: Any, x_shape: tuple[int, ...] | None = None, backend: Any = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        layer: Any,
+        x_shape: tuple[int, ...] | None = None,
+        backend: Any = None,
+        seed: int = 0,
+        change: Callable[[Recording], Recording] = lambda recording: recording,
+    ) -> None:
         self.backend = ReferenceBackend("float64") if backend is None else backend
-        self.recording: Recording = record(layer, x_shape)
+        self.recording = change(record(layer, x_shape))
         sizes = {"r": self.backend.real, "i": 4, "l": 8, "d": 8}
         self.offsets: dict[int, int] = {}
         self.gaps: list[tuple[int, int]] = []
@@ -55,6 +62,8 @@ class Rig:
         for tensor in (*r.params.values(), r.x, r.dy):
             if tensor is not None:
                 self[tensor][...] = rng.standard_normal(tensor.shape)
+        if "key" in r.inputs:
+            self["key"][3] = 1
 
     def __getitem__(self, key: Tensor | str) -> np.ndarray:
         """A live view: of a tensor, of x, y, dy, dx, of an input, or of a parameter by its name."""

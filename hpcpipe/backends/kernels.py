@@ -11,18 +11,19 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 # Element types: "r" is the backend's real type (float32, or float64 in the reference), the others are fixed.
 C_TYPES = {"r": "float", "i": "int32_t", "l": "int64_t", "d": "double"}
 SIZES = {"r": 4, "i": 4, "l": 8, "d": 8}
 
-_ARG = re.compile(r"(?P<name>\w+)(?::(?P<type>[ild]))?(?P<inout>\+)?(?P<optional>\?)?\[(?P<shape>[^\]]*)\]")
+_ARG = re.compile(r"(?P<name>\w+)(?::(?P<type>[ild]))?(?P<mark>[+~])?(?P<optional>\?)?\[(?P<shape>[^\]]*)\]")
+_ROLES = {"+": "inout", "~": "scratch"}
 
 
 class Arg(NamedTuple):
-    """One buffer argument: ``role`` is out (overwritten), in (read) or inout (read and written)."""
+    """One buffer argument: ``role`` is out (overwritten), in (read), inout (read and written) or scratch (room)."""
 
     name: str
     role: str
@@ -55,7 +56,7 @@ def _parse(text: str, role: str) -> tuple[Arg, ...]:
     return tuple(
         Arg(
             m["name"],
-            "inout" if m["inout"] else role,
+            _ROLES.get(m["mark"], role),
             m["type"] or "r",
             tuple(m["shape"].split(",")),
             bool(m["optional"]),
@@ -99,8 +100,8 @@ def _product(m: str, k: str) -> str:
 _ATTENTION_WORK = "4*(2*72*(t+32)+(3*(t+32)+4*72)*(d+32))"  # two blocks of scores and panels, see attention.c
 # fmt: off
 TABLE: tuple[Kernel, ...] = (
-    # y = x wᵀ + b;  dx = dy w;  dw += dyᵀ x, db += Σ dy
-    _row("linear_fwd", "y[n,o]", "x[n,c] w[o,c] b?[o]", "n o c", "2*n*o*c", work=_product("n", "c")),
+    # y = x wᵀ + b + z;  dx = dy w;  dw += dyᵀ x, db += Σ dy
+    _row("linear_fwd", "y[n,o]", "x[n,c] w[o,c] b?[o] z?[n,o]", "n o c", "2*n*o*c", work=_product("n", "c")),
     _row("linear_dx", "dx[n,c]", "dy[n,o] w[o,c]", "n o c", "2*n*o*c", work=_product("n", "o")),
     _row("linear_dw", "", "dw+[o,c] db+?[o] dy[n,o] x[n,c]", "n o c", "2*n*o*c", work=_product("o", "n")),
     # y = w[ids];  dw[ids] += dy
@@ -109,20 +110,20 @@ TABLE: tuple[Kernel, ...] = (
     # row i is position i % t:  y = x + w[i % t];  dw[i % t] += dy
     _row("position_fwd", "y[n,c]", "x[n,c] w[s,c]", "n s c", "n*c", ints="t"),
     _row("position_dw", "", "dw+[s,c] dy[n,c]", "n s c", "n*c", ints="t"),
-    # y = (x - mean) rstd w + b
+    # y = (x - mean) rstd w + b;  dx += z, the gradient that comes around the layer
     _row("layernorm_fwd", "y[n,c] mean[n] rstd[n]", "x[n,c] w[c] b[c]", "n c", "8*n*c", reals="eps"),
-    _row("layernorm_dx", "dx[n,c]", "dy[n,c] x[n,c] w[c] mean[n] rstd[n]", "n c", "11*n*c"),
+    _row("layernorm_dx", "dx[n,c]", "dy[n,c] x[n,c] w[c] mean[n] rstd[n] z?[n,c]", "n c", "11*n*c"),
     _row("layernorm_dw", "", "dw+[c] db+[c] dy[n,c] x[n,c] mean[n] rstd[n]", "n c", "5*n*c"),
     # y = x rstd w,  rstd = 1/sqrt(mean(x²) + eps)
     _row("rmsnorm_fwd", "y[n,c] rstd[n]", "x[n,c] w[c]", "n c", "4*n*c", reals="eps"),
-    _row("rmsnorm_dx", "dx[n,c]", "dy[n,c] x[n,c] w[c] rstd[n]", "n c", "8*n*c"),
+    _row("rmsnorm_dx", "dx[n,c]", "dy[n,c] x[n,c] w[c] rstd[n] z?[n,c]", "n c", "8*n*c"),
     _row("rmsnorm_dw", "", "dw+[c] dy[n,c] x[n,c] rstd[n]", "n c", "3*n*c"),
-    # tanh form, as GPT-2 uses it
+    # tanh form, as GPT-2 uses it; dx gives y again, so that nobody has to keep it
     _row("gelu_fwd", "y[n,c]", "x[n,c]", "n c", "9*n*c"),
-    _row("gelu_dx", "dx[n,c]", "dy[n,c] x[n,c]", "n c", "16*n*c"),
+    _row("gelu_dx", "dx[n,c] y[n,c]", "dy[n,c] x[n,c]", "n c", "18*n*c"),
     # x = [gate | up]:  y = silu(gate) up
     _row("swiglu_fwd", "y[n,f]", "x[n,2*f]", "n f", "6*n*f"),
-    _row("swiglu_dx", "dx[n,2*f]", "dy[n,f] x[n,2*f]", "n f", "12*n*f"),
+    _row("swiglu_dx", "dx[n,2*f] y[n,f]", "dy[n,f] x[n,2*f]", "n f", "13*n*f"),
     # rotates, in place, the first h + k heads of qkv = [q | k | v]; halves (i, i + d/2) turn by (row % t) theta^(-2i/d)
     _row("rope_fwd", "", "qkv+[n,(h+2*k)*d]", "n", "3*n*(h+k)*d", ints="t h k d", reals="theta"),
     _row("rope_dx", "", "dqkv+[n,(h+2*k)*d]", "n", "3*n*(h+k)*d", ints="t h k d", reals="theta"),
@@ -134,8 +135,11 @@ TABLE: tuple[Kernel, ...] = (
     _row("add_fwd", "y[n,c]", "a[n,c] b[n,c]", "n c", "n*c"),
     # y = x mask / (1 - p);  mask from (key, salt, element);  key = [seed, step, sample, on]: on == 0 copies
     _row("dropout_fwd", "y[n,c]", "x[n,c] key:l[4]", "n c", "2*n*c", ints="salt", reals="p"),
-    # loss = Σ -log softmax(logits)[target]; then logits are overwritten by their gradient scale (softmax - onehot)
-    _row("crossentropy_fwd", "loss:d[1] nll[n]", "logits+[n,v] targets:i[n]", "n v", "6*n*v", reals="scale"),
+    # logits = x wᵀ, r tokens at a time: loss = Σ -log softmax(logits)[target];  dlogits = scale (softmax - onehot);
+    # dx = dlogits w;  dw += dlogitsᵀ x;  key[3] == 0: the loss alone, dx = 0.
+    _row("linearcrossentropy_fwd", "loss:d[1] nll[n] dx[n,c] logits~[r,v]",
+         "dw+[v,c] x[n,c] w[v,c] targets:i[n] key:l[4]", "n v c", "6*n*v*c + 6*n*v", ints="r", reals="scale",
+         work=f"max({_product('r', 'c')}, {_product('r', 'v')}, {_product('v', 'r')})"),
     # acc += x;  s = Σ x² in float64, blocks of a fixed size, so that no thread count changes a bit
     _row("accumulate", "", "acc+[n] x[n]", "n", "n"),
     _row("sumsq", "s:d[1]", "x[n]", "n", "2*n"),
@@ -184,11 +188,13 @@ def evaluate(expression: str, env: Mapping[str, int]) -> int:
     return int(env[expression]) if expression in env else int(eval(expression, {}, dict(env)))
 
 
-def nbytes(kernel: Kernel, env: Mapping[str, int]) -> int:
+MOVES = {"out": 1, "in": 1, "inout": 2, "scratch": 0}
+
+
+def nbytes(kernel: Kernel, env: Mapping[str, int], absent: Iterable[str] = ()) -> int:
     """Bytes a kernel must move once: outputs and inputs once each, in-out arguments twice (float32 reals)."""
-    return sum(
-        (2 if arg.role == "inout" else 1) * SIZES[arg.type] * math.prod(shape_of(arg, env)) for arg in kernel.buffers
-    )
+    there = (arg for arg in kernel.buffers if arg.name not in absent)
+    return sum(MOVES[arg.role] * SIZES[arg.type] * math.prod(shape_of(arg, env)) for arg in there)
 
 
 def prototype(kernel: Kernel) -> str:

@@ -7,8 +7,9 @@ every kernel of the table as a method, plus ``ops.input`` for what the data load
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -49,7 +50,8 @@ class Call(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return nbytes(self.row, self.env)
+        absent = [arg.name for arg, t in zip(self.row.buffers, self.buffers, strict=True) if t is None]
+        return nbytes(self.row, self.env, absent)
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,9 @@ class Recording:
 class Recorder:
     """The ``ops`` that layers are called with: each kernel of the table is a method that returns its outputs."""
 
-    training: bool = True
     calls: list[Call] = field(default_factory=list)
     inputs: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[int, Tensor] = field(default_factory=dict)  # parameter -> its gradient
     count: int = 0
 
     def tensor(self, shape: tuple[int, ...], type: str = "r") -> Tensor:
@@ -108,14 +110,20 @@ class Recorder:
             self.inputs[name] = self.tensor(shape, type)
         return self.inputs[name]
 
+    def gradient(self, parameter: Tensor) -> Tensor:
+        """What a parameter's gradient is accumulated in."""
+        return self.gradients[parameter.id]
+
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name not in BY_NAME:
             raise AttributeError(f"no kernel is called {name!r}")
         return lambda *args, **scalars: self._call(BY_NAME[name], args, scalars)
 
     def _call(self, row: Kernel, args: tuple[Tensor | None, ...], scalars: Mapping[str, float]) -> Any:
-        if len(args) != len(row.ins):
+        missing = row.ins[len(args) :]
+        if len(args) > len(row.ins) or not all(arg.optional for arg in missing):
             raise TypeError(f"{row.name} takes {len(row.ins)} buffers, got {len(args)}")
+        args += (None,) * len(missing)
         shapes = {a.name: None if t is None else t.shape for a, t in zip(row.ins, args, strict=True)}
         env = bind(row, shapes, {k: int(scalars[k]) for k in row.ints})
         outs = tuple(self.tensor(shape_of(a, env), a.type) for a in row.outs)
@@ -142,6 +150,7 @@ def record(
     ops = Recorder()
     params = {name: ops.tensor(spec.shape) for name, spec in layer.params.items()}
     grads = {name: ops.tensor(t.shape) for name, t in params.items()} if backward else {}
+    ops.gradients = {params[name].id: t for name, t in grads.items()}
     x = None if x_shape is None else ops.tensor(x_shape)
     y, saved = layer.forward(ops, params, x)
     passes, dx, dy = {"F": ops.take(), "B": (), "W": ()}, None, None
@@ -151,7 +160,7 @@ def record(
         passes["B"] = ops.take()
         layer.grad_weight(ops, grads, owed)
         passes["W"] = ops.take()
-    return Recording(_live(passes, y, dx), params, grads, dict(ops.inputs), x, y, dy, dx)
+    return Recording(_fused(_live(passes, y, dx)), params, grads, dict(ops.inputs), x, y, dy, dx)
 
 
 def _live(passes: Mapping[str, tuple[Call, ...]], *results: Tensor | None) -> dict[str, tuple[Call, ...]]:
@@ -168,3 +177,46 @@ def _live(passes: Mapping[str, tuple[Call, ...]], *results: Tensor | None) -> di
                 calls.append(call)
         kept[name] = tuple(reversed(calls))
     return {name: kept[name] for name in PASSES}
+
+
+FUSED = ("linear_fwd", "layernorm_dx", "rmsnorm_dx")  # kernels whose last argument is what comes around them
+
+
+def _fused(passes: Mapping[str, tuple[Call, ...]]) -> dict[str, tuple[Call, ...]]:
+    """The passes with each sum of two paths done by the kernel that ends one of them, where nobody else reads it."""
+    reads = Counter(t.id for calls in passes.values() for call in calls for t in call.buffers if t is not None)
+    found: dict[str, tuple[Call, ...]] = {}
+    for name, calls in passes.items():
+        kept: list[Call] = []
+        for call in calls:
+            before = kept[-1] if kept else None
+            if call.kernel == "add_fwd" and before and before.kernel in FUSED and before.buffers[-1] is None:
+                out, *terms = call.buffers
+                made = before.buffers[0]
+                if made in terms and made is not None and reads[made.id] == 2:  # by its maker and by this sum
+                    (around,) = [t for t in terms if t != made]
+                    kept[-1] = before._replace(buffers=(out, *before.buffers[1:-1], around))
+                    continue
+            kept.append(call)
+        found[name] = tuple(kept)
+    return found
+
+
+def together(recording: Recording) -> Recording:
+    """B and W as one pass, each call of W right after the last of B that it needs: what W alone needs lives shortly.
+
+    For a stage whose B is followed by its W and that sends no gradient on in between; W is empty then. The same calls
+    on the same numbers, so the same bits.
+    """
+    first, later = recording.passes["B"], recording.passes["W"]
+    made = {
+        t.id: i
+        for i, call in enumerate(first)
+        for t, arg in zip(call.buffers, call.row.buffers, strict=True)
+        if t is not None and arg.role != "in"
+    }
+    ready: list[list[Call]] = [[] for _ in range(len(first) + 1)]
+    for call in later:
+        ready[1 + max((made.get(t.id, -1) for t in call.buffers if t is not None), default=-1)].append(call)
+    both = [*ready[0], *(c for call, after in zip(first, ready[1:], strict=True) for c in (call, *after))]
+    return replace(recording, passes={"F": recording.passes["F"], "B": tuple(both), "W": ()})

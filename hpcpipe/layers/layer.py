@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
-Ops = Any  # every kernel of the table as a method, and ``input(name, shape, type)`` for what the data loader provides
+Ops = Any  # every kernel of the table as a method, ``input(name, shape, type)`` for what the data loader provides, and
+# ``gradient(tensor)``: a parameter's, for a layer that has it ready in ``forward``
 Saved = Any  # a tree of tensors (or nothing) that only the layer itself reads
 Init = tuple[str] | tuple[str, float]  # ("normal", standard deviation), ("zeros",) or ("ones",)
 

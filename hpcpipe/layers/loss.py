@@ -7,29 +7,35 @@ from typing import Any
 
 from hpcpipe.layers.layer import Ops, Saved, Tensor, matrix
 
+BLOCK = 1 << 23  # logits at once, about: 32 MiB
+FEWEST = 128  # tokens at once, at least: their products read the whole weight
+
 
 class LinearCrossEntropy:
     """logits = x wᵀ; y = Σ -log softmax(logits)[target], a float64 of shape (1,). Reads the loader's ``targets``.
 
-    The forward pass already overwrites the logits with their gradient, so no second [tokens, vocab] buffer exists.
-    That gradient carries ``scale`` = 1 / (tokens of the whole step), so that the gradients of a step sum up to those
-    of its mean loss.
+    The forward pass makes the logits of some tokens at a time and, while it has them, both gradients: [tokens, vocab]
+    never exists, and nothing is computed twice (as in Liger Kernel, Hsu et al. 2024). So it is the forward pass that
+    accumulates the gradient of this weight; when ``key`` says that nobody trains, it leaves it alone. The gradients
+    carry ``scale`` = 1 / (tokens of the whole step): those of a step sum up to those of its mean loss.
     """
 
     def __init__(self, width: int, vocab: int, scale: float, std: float = 0.02) -> None:
-        self.scale = scale
+        self.scale, self.vocab = scale, vocab
         self.params = {"weight": matrix(vocab, width, std)}
 
     def forward(self, ops: Ops, p: Mapping[str, Tensor], x: Any) -> tuple[Any, Saved]:
-        targets = ops.input("targets", (x.shape[0],), "i")
-        logits = ops.linear_fwd(x, p["weight"], None)
-        loss, _ = ops.crossentropy_fwd(logits, targets, scale=self.scale)
-        return loss, (logits, x)
+        tokens = x.shape[0]
+        targets, key = ops.input("targets", (tokens,), "i"), ops.input("key", (4,), "l")
+        blocks = -(-tokens // max(BLOCK // self.vocab, FEWEST))
+        w = p["weight"]
+        loss, _, dx, _ = ops.linearcrossentropy_fwd(
+            ops.gradient(w), x, w, targets, key, r=-(-tokens // blocks), scale=self.scale
+        )
+        return loss, dx
 
     def grad_input(self, ops: Ops, p: Mapping[str, Tensor], dy: None, saved: Saved) -> tuple[Any, Saved]:
-        dlogits, _ = saved
-        return ops.linear_dx(dlogits, p["weight"]), saved
+        return saved, None
 
     def grad_weight(self, ops: Ops, g: Mapping[str, Tensor], owed: Saved) -> None:
-        dlogits, x = owed
-        ops.linear_dw(g["weight"], None, dlogits, x)
+        """Nothing is owed."""

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from math import inf, prod
 from typing import Any
 
 from hpcpipe import model
-from hpcpipe.backends.null import Recording, record
+from hpcpipe.backends.null import Recording, record, together
 from hpcpipe.config import Config, UserError, grid, microbatches, to_toml
 from hpcpipe.planner import schedules, slots
 from hpcpipe.planner.costs import CORE, Cost, Device, price
@@ -45,9 +46,18 @@ class StagePlan:
     recording: Recording
     cost: Cost
 
+    def together(self) -> StagePlan:
+        """The stage with its W done within its B."""
+        F, B, W = self.cost
+        return replace(self, recording=together(self.recording), cost=Cost(F, B + W, 0.0))
+
     def held(self, real: int) -> int:
         """Bytes that one microbatch holds from its F to its W."""
         return slots.Slot(self.layer, self.recording).held(real)
+
+    def weight(self, flying: int, real: int) -> int:
+        """Bytes that grow with the stage's slots, with so many microbatches on their way."""
+        return self.state(real) + flying * self.held(real)
 
     def state(self, real: int) -> int:
         """Bytes of parameters, gradients and moments."""
@@ -173,16 +183,20 @@ def _plan(
     limit, ties = config.pipeline.memory * GIB or inf, model.ties(config.model)
     closely = not ties if config.optimizer.early is None else config.optimizer.early
 
-    def laid_out(room: float) -> Plan:
-        parts = _stages(config, shape, micros, device, prices, real, room)
+    flying = slots.in_flight(schedules.draft(config.pipeline, shape, micros)) if limit < inf else []
+
+    def laid_out(room: Sequence[float]) -> Plan:
+        parts = _stages(config, shape, flying, device, prices, real, room)
         message = device.latency + real * prod(slots.activation(config)) / device.link
         costs = _costs([part.cost for part in parts] * shape.chains, message)
         held = [part.held(real) for part in parts]
-        spare = [room] * shape.ranks  # for activations
+        spare = [*room]  # for activations
         for rank, part in zip(shape.placement, parts * shape.chains, strict=True):
             spare[rank] -= part.state(real)
         schedule = schedules.build(config.pipeline, shape, micros, costs, held, spare, closely)
-        timeline = replay(schedule, costs)
+        merged = _merged(schedule)
+        parts = tuple(part.together() if i in merged else part for i, part in enumerate(parts))
+        timeline = replay(schedule, _costs([part.cost for part in parts] * shape.chains, message))
         early = config.optimizer.early
         if early is None:
             early = _gains(timeline) and not _crossed(parts, schedule, ties)
@@ -193,21 +207,25 @@ def _plan(
             found = replace(found, ranks=laid, early=False)
         return found
 
-    return _within(limit, laid_out)
+    return _within(limit, shape.ranks, flying, real, laid_out)
 
 
-def _within(limit: float, laid_out: Callable[[float], Plan]) -> Plan:
-    """The plan whose fullest rank keeps ``limit`` bytes. The cut weighs what grows with its parts; what comes on top
-    (messages, temporaries) is known once all is laid out, and taken off the next try's room.
+def _within(
+    limit: float, ranks: int, flying: Sequence[int], real: int, laid_out: Callable[[Sequence[float]], Plan]
+) -> Plan:
+    """The plan whose fullest rank keeps ``limit`` bytes. The cut weighs what grows with its parts; what comes on top of
+    it on each rank (messages, temporaries) is known once all is laid out, and left free at the next try.
     """
-    found, room = laid_out(limit), limit
+    found = laid_out([limit] * ranks)
+    depth, on_top = found.schedule.depth, [0.0] * ranks
     for _ in range(TRIES):
-        over = found.most - limit
-        if over <= 0:
-            return found
-        room -= over
+        if found.most <= limit:
+            break
+        for rank, part in enumerate(found.ranks):
+            weighed = sum(found.stages[s % depth].weight(flying[s % depth], real) for s in part.stages)
+            on_top[rank] = max(on_top[rank], part.memory.total - weighed)
         with suppress(UserError):
-            found = laid_out(room)
+            found = laid_out([limit - bytes for bytes in on_top])
     _check_limit(limit, found)
     return found
 
@@ -232,6 +250,17 @@ def _crossed(parts: Sequence[StagePlan], schedule: Schedule, ties: Mapping[str, 
     return any(schedule.placement[stage[a]] != schedule.placement[stage[b]] for a, b in ties.items())
 
 
+def _merged(schedule: Schedule) -> set[int]:
+    """Stages (of one copy) whose every B is followed by its W and sends nothing on: the two are one pass."""
+    depth, where = schedule.depth, schedule.placement
+    found = set(range(depth)) - {s % depth for s, rank in enumerate(where) if s % depth and where[s - 1] != rank}
+    for row in (schedule.rows[where[s]] for s in range(schedule.stages) if s % depth in found):
+        for op, then in pairwise(row):
+            if op.kind == "B" and (then.kind, *then[1:]) != ("W", *op[1:]):
+                found.discard(op.stage % depth)
+    return found
+
+
 def _costs(prices: Sequence[Cost], message: float) -> Costs:
     return Costs(tuple(p.F for p in prices), tuple(p.B for p in prices), tuple(p.W for p in prices), message)
 
@@ -247,23 +276,28 @@ def _check_evaluation(config: Config, copies: int) -> None:
 def _stages(
     config: Config,
     shape: schedules.Shape,
-    micros: int,
+    flying: Sequence[int],
     device: Device,
     prices: Mapping[str, Cost],
     real: int,
-    limit: float,
+    room: Sequence[float],
 ) -> tuple[StagePlan, ...]:
-    """The cut; ``limit`` are the bytes that a rank's state and activations may take."""
+    """The cut; ``room`` are the bytes that each rank's state and activations may take, ``flying`` the microbatches that
+    each stage holds at once (none where memory is no matter).
+    """
     whole = slots.chain(config)
     alone, names = slots.alone(config, whole), list(whole.children)
     found = prices or slots.roofline(alone, device)
     costs = [found[slots.kind(name)].total for name in names]
     state = slots.sums(names, {kind: slot.state(real) for kind, slot in alone.items()})
     held = slots.sums(names, {kind: slot.held(real) for kind, slot in alone.items()})
-    flying = slots.in_flight(schedules.draft(config.pipeline, shape, micros)) if limit < inf else []
+    limit, where = max(room), shape.placement[: shape.depth]
+    taken = [limit - room[rank] if rank not in where[:s] else 0.0 for s, rank in enumerate(where)] if flying else []
     edges = bounds(
-        config.pipeline.cut, costs, shape.depth, placement=shape.placement[: shape.depth], limit=limit,
-        bytes_of=lambda stage, a, b: state[b] - state[a] + flying[stage] * (held[b] - held[a]) if flying else 0.0,
+        config.pipeline.cut, costs, shape.depth, placement=where, limit=limit,
+        bytes_of=lambda stage, a, b: (
+            state[b] - state[a] + flying[stage] * (held[b] - held[a]) + taken[stage] if flying else 0.0
+        ),
     )  # fmt: skip
     parts = []
     for i, layer in enumerate(model.cut(whole, edges)):

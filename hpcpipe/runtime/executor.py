@@ -61,6 +61,17 @@ class Executor:
             for name in PASSES
         }
 
+    @cached_property
+    def accumulating(self) -> set[tuple[str, int]]:
+        """(pass, stage) of the passes that touch a gradient of a parameter."""
+        grads = {(s, t.id) for s, stage in self.stages.items() for t in stage.recording.grads.values()}
+        return {
+            (name, s)
+            for s, stage in self.stages.items()
+            for name in PASSES
+            if any(t is not None and (s, t.id) in grads for c in stage.recording.passes[name] for t in c.buffers)
+        }
+
     def array(self, region: str, offset: int, shape: tuple[int, ...], type: str = "r") -> Any:
         """A view of a resident region; ``offset`` in bytes."""
         return self.backend.array(self.arena, self.memory.resident[region][0] + offset, shape, type)
@@ -95,7 +106,7 @@ class Executor:
             for edge in program.edges
             for slot in (Slot(edge.stage, edge.pool, i) for i in range(program.counts[edge.stage, edge.pool]))
         }
-        bound = Bound(program)
+        bound = Bound(program, self.accumulating)
         bound.calls = tuple(self._prepare(at, i, channels, reduce, bound) for at, i in enumerate(bound.instructions))
         bound.losses = [
             (i.stage, self._loss(i)) for i in bound.instructions if i.kind == "F" and self._ends_in_loss(i.stage)
@@ -192,22 +203,23 @@ class Bound:
     ``released`` holds when the sender of each received message let go of it.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, accumulating: set[tuple[str, int]]) -> None:
+        """``accumulating`` are the (pass, stage) that touch a gradient of a parameter."""
         self.program, self.instructions, self.account = program, program.instructions, Account(program)
         self.calls: tuple[Callable[[], None], ...] = ()
         self.losses: list[tuple[int, Any]] = []  # (stage, view)
         self.clock = np.zeros(len(self.instructions) + 1)
         self.released = np.zeros(len(self.account.receives))
-        weights = [i for i, instruction in enumerate(self.instructions) if instruction.kind == "W"]
-        self.turning = weights[0] if weights else len(self.instructions)  # the first W: gradients change from here on
+        touching = (i for i, instruction in enumerate(self.instructions) if instruction[:2] in accumulating)
+        self.turning = next(touching, len(self.instructions))  # gradients change from here on
         self.at, self.runs = -1, 0
-        self.asking = 0.0  # seconds of the last run between the instruction before the first W and that W
+        self.asking = 0.0  # seconds of the last run before the instruction that is the first to change them
 
     def run(self, check: Callable[[], bool] | None = None) -> bool:
         """One step: every instruction in order.
 
-        ``check`` is asked before the first W; when it denies, the step is void: only its messages are still exchanged,
-        so that all ranks come to its end, and False is returned. All ranks must be given the same answer.
+        ``check`` is asked before a gradient changes; when it denies, the step is void: only its messages are still
+        exchanged, so that all ranks come to its end, and False is returned. All ranks must be given the same answer.
         """
         self.runs += 1
         self.clock[0] = perf_counter()

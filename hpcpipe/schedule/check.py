@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpcpipe.schedule.op import KINDS, Op, ScheduleError
+from hpcpipe.schedule.op import KINDS, Kind, Op, ScheduleError
 from hpcpipe.schedule.program import COLUMNS, DO, POOLS, Edge, Program, Slot, words
 
 Array = npt.NDArray[Any]
@@ -107,14 +107,20 @@ class _Proof:
             raise self.error(row, f"does {_op(self.table[row])}, but stage {stage[row]} is on rank {home[stage[row]]}")
         if not trains:
             return
-        found = np.flatnonzero(do == KINDS.index("W"))
-        weights = found[np.argsort(stage[found], kind="stable")].reshape(self.stages, -1)
-        for row in weights[:, 1:][np.diff(micro[weights]) < 0][:1]:
-            raise self.error(row, f"sums {_op(self.table[row])} after a later microbatch")
+        weights = self._by_stage("W")
+        # A last stage's F has the gradients of the head at hand and sums them too.
+        for sums in (weights, self._by_stage("F")[self._last_stages()]):
+            for row in sums[:, 1:][np.diff(micro[sums]) < 0][:1]:
+                raise self.error(row, f"sums {_op(self.table[row])} after a later microbatch")
         sums = np.flatnonzero(do == REDUCE)
         self._once(stage[sums], sums, (self.stages,), lambda i: f"the REDUCE of stage {i}")
         for row in sums[(sums < weights[stage[sums], -1]) | (home[stage[sums]] != self.rank[sums])][:1]:
             raise self.error(row, f"has the REDUCE of stage {stage[row]} before the last of its Ws, or without them")
+
+    def _by_stage(self, kind: Kind) -> Array:
+        """The rows of the ops of a kind [stages, microbatches], in their order."""
+        found = np.flatnonzero(self.table[:, 0] == KINDS.index(kind))
+        return found[np.argsort(self.table[found, 1], kind="stable")].reshape(self.stages, -1)
 
     def _once(self, key: Array, rows: Array, shape: tuple[int, ...], name: Callable[[int], str]) -> None:
         """Every key is there once."""

@@ -136,8 +136,9 @@ def replay(schedule: Schedule, costs: Costs) -> Timeline:
 
 def validate(schedule: Schedule, kinds: Sequence[Kind] = KINDS) -> Walk:
     """Proves the schedule; returns one order in which it runs. Raises ScheduleError unless every op of ``kinds`` runs
-    exactly once, on its stage's rank, after what it needs, and the W of each stage run in microbatch order (so that all
-    schedules add the same numbers in the same order).
+    exactly once, on its stage's rank, after what it needs, and what sums gradients runs in microbatch order (so that
+    all schedules add the same numbers in the same order): the W of each stage, and the F of a last one, where the loss
+    has the gradients of its weights at hand.
     """
     if tuple(kinds) not in schedule.proofs:
         schedule.proofs[tuple(kinds)] = _validated(schedule, kinds)
@@ -171,7 +172,7 @@ def _walked(table: Table, costs: Costs | None, kinds: Sequence[Kind]) -> Walk:
 
 
 def _complete(table: Table, kinds: Sequence[Kind]) -> bool:
-    """Whether every op of ``kinds``, and no other, stands once on its rank, the W of each stage in order."""
+    """Whether every op of ``kinds``, and no other, stands once on its rank, what sums gradients in order."""
     whole = np.concatenate([*table.rows, np.zeros(0, np.int64)])
     each = table.stages * table.micros
     wanted = np.concatenate([np.arange(each) + each * k for k, kind in enumerate(KINDS) if kind in kinds])
@@ -179,13 +180,14 @@ def _complete(table: Table, kinds: Sequence[Kind]) -> bool:
         return False
     placement = np.array(table.schedule.placement)
     at_home = all((placement[row // table.micros % table.stages] == r).all() for r, row in enumerate(table.rows))
-    return at_home and ("W" not in kinds or bool((np.diff(table.at[KINDS.index("W")], axis=1) > 0).all()))
+    sums = *table.at[KINDS.index("W")], *table.at[KINDS.index("F"), table.schedule.depth - 1 :: table.schedule.depth]
+    return at_home and ("W" not in kinds or bool((np.diff(sums, axis=1) > 0).all()))
 
 
 def _explain(schedule: Schedule, kinds: Sequence[Kind]) -> None:
     """Raises the ScheduleError that says what is wrong with a table that is not complete."""
     seen: set[Op] = set()
-    added = [-1] * schedule.stages
+    added: dict[tuple[str, int], int] = {}
     for rank, row in enumerate(schedule.rows):
         for at, op in enumerate(row):
             if op in seen or (fault := _fault(schedule, rank, op, kinds, added)):
@@ -200,17 +202,18 @@ def _explain(schedule: Schedule, kinds: Sequence[Kind]) -> None:
     raise ScheduleError(f"{schedule.name}: {len(missing)} of {len(every)} ops missing: {some}\n{where}")
 
 
-def _fault(schedule: Schedule, rank: int, op: Op, kinds: Sequence[Kind], added: list[int]) -> str:
-    """Why ``op`` cannot stand on this rank, or "". ``added[stage]`` is the last microbatch of the stage's W so far."""
+def _fault(schedule: Schedule, rank: int, op: Op, kinds: Sequence[Kind], added: dict[tuple[str, int], int]) -> str:
+    """Why ``op`` cannot stand on this rank, or "". ``added[kind, stage]`` is the last microbatch that was summed."""
     kind, stage, micro = op
     if kind not in kinds or not 0 <= stage < schedule.stages or not 0 <= micro < schedule.micros:
         return f"but has {schedule.stages} stages, {schedule.micros} microbatches and the passes {', '.join(kinds)}"
     if schedule.placement[stage] != rank:
         return f"although stage {stage} is on rank {schedule.placement[stage]}"
-    if kind == "W":
-        if micro < added[stage]:
-            return f"after W{stage}.{added[stage]}, but the W of a stage run in microbatch order"
-        added[stage] = micro
+    if "W" in kinds and (kind == "W" or (kind == "F" and (stage + 1) % schedule.depth == 0)):
+        if micro < added.get((kind, stage), -1):
+            which = "W of a stage" if kind == "W" else "F of a last stage"
+            return f"after {kind}{stage}.{added[kind, stage]}, but the {which} run in microbatch order"
+        added[kind, stage] = micro
     return ""
 
 

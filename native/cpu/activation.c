@@ -1,11 +1,12 @@
 /* activation.c: what happens to each element alone.
  *
  * n tokens, c channels, f feed-forward width.
- *   gelu:    y = x sigmoid(2a (x + b x^3)), the tanh form;           dx = dy times its slope
- *   swiglu:  x = [gate | up]:  y = gate s up, s = sigmoid(gate);   dgate = dy up s (1 + gate (1 - s)), dup = dy gate s
+ *   gelu:    y = x sigmoid(2a (x + b x^3)), the tanh form;           dx = dy times its slope, y again
+ *   swiglu:  x = [gate | up]:  y = gate s up, s = sigmoid(gate);   dgate = dy up s (1 + gate (1 - s)), dup = dy gate s, y again
  *   add:     y = a + b
  *   dropout: y = x keep / (1 - p), keep from a counter-based hash;   on == 0 copies
- * All write. Moves 8 n c bytes (gelu_fwd, dropout), 12 n c (gelu_dx, add), 12 n f (swiglu_fwd), 20 n f (swiglu_dx).
+ * All write. Moves 8 n c bytes (gelu_fwd, dropout), 12 n c (add), 16 n c (gelu_dx), 12 n f (swiglu_fwd), 24 n f
+ * (swiglu_dx).
  * The trick: exp is a polynomial in plain arithmetic (formula.h), so the compiler turns these loops into vector code
  * and memory is the limit. swiglu jumps between gate and up, which loses the processor's own prefetching: it asks for
  * the next token's lines itself.
@@ -21,8 +22,8 @@ void hp_gelu_fwd(float *y, const float *x, int64_t n, int64_t c) {
   HP_EACH_ELEMENT(n * c, y[e] = hp_gelu(x[e]););
 }
 
-void hp_gelu_dx(float *dx, const float *dy, const float *x, int64_t n, int64_t c) {
-  HP_EACH_ELEMENT(n * c, dx[e] = dy[e] * hp_gelu_slope(x[e]););
+void hp_gelu_dx(float *dx, float *y, const float *dy, const float *x, int64_t n, int64_t c) {
+  HP_EACH_ELEMENT(n * c, dx[e] = dy[e] * hp_gelu_slope(x[e]); y[e] = hp_gelu(x[e]););
 }
 
 void hp_swiglu_fwd(float *y, const float *x, int64_t n, int64_t f) {
@@ -37,18 +38,19 @@ void hp_swiglu_fwd(float *y, const float *x, int64_t n, int64_t f) {
   }
 }
 
-void hp_swiglu_dx(float *dx, const float *dy, const float *x, int64_t n, int64_t f) {
+void hp_swiglu_dx(float *dx, float *y, const float *dy, const float *x, int64_t n, int64_t f) {
 #pragma omp parallel for schedule(static) if (n * f > HP_GRAIN)
   for (int64_t i = 0; i < n; i++) {
     const float *restrict gate = x + i * 2 * f, *restrict up = gate + f, *restrict from = dy + i * f;
-    float *restrict dgate = dx + i * 2 * f, *restrict dup = dgate + f;
+    float *restrict dgate = dx + i * 2 * f, *restrict dup = dgate + f, *restrict to = y + i * f;
     for (int64_t j0 = 0; j0 < f; j0 += HP_AHEAD) {
       fetch(gate + 2 * f + j0), fetch(up + 2 * f + j0), fetch(from + f + j0);
-      fetch(dgate + 2 * f + j0), fetch(dup + 2 * f + j0);
+      fetch(dgate + 2 * f + j0), fetch(dup + 2 * f + j0), fetch(to + f + j0);
       for (int64_t j = j0; j < HP_MIN(f, j0 + HP_AHEAD); j++) {
-        const float s = hp_sigmoid(gate[j]);
+        const float s = hp_sigmoid(gate[j]), silu = gate[j] * s;
         dgate[j] = from[j] * up[j] * hp_silu_slope(gate[j], s);
-        dup[j] = from[j] * gate[j] * s;
+        dup[j] = from[j] * silu;
+        to[j] = silu * up[j];
       }
     }
   }

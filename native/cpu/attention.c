@@ -78,17 +78,17 @@ static int64_t seen_by(const block *b, int64_t i) { return HP_MIN(b->end, b->fir
 
 static __attribute__((noinline)) void tile_panel(float *c, int64_t ldc, const float *a, const float *b, int64_t k,
     float alpha) {
-  hp_tile_of(HP_SIX, c, ldc, a, 1, HP_SIX, b, HP_WIDE, k, HP_SIX, HP_WIDE, alpha, 0, NULL);
+  hp_tile_of(HP_SIX, c, ldc, a, 1, HP_SIX, b, HP_WIDE, k, HP_SIX, HP_WIDE, alpha, NULL, NULL);
 }
 
 static __attribute__((noinline)) void tile_rows(float *c, int64_t ldc, const float *a, int64_t lda, const float *b,
     int64_t step, int64_t k, int64_t m, int64_t n, float alpha) {
-  hp_tile_of(HP_SIX, c, ldc, a, lda, 1, b, step, k, m, n, alpha, 0, NULL);
+  hp_tile_of(HP_SIX, c, ldc, a, lda, 1, b, step, k, m, n, alpha, NULL, NULL);
 }
 
 static __attribute__((noinline)) void tile_columns(float *c, int64_t ldc, const float *a, int64_t lda, const float *b,
     int64_t step, int64_t k, int64_t m, int64_t n, float alpha, int add) {
-  hp_tile_of(HP_SIX, c, ldc, a, 1, lda, b, step, k, m, n, alpha, add, NULL);
+  hp_tile_of(HP_SIX, c, ldc, a, 1, lda, b, step, k, m, n, alpha, add ? c : NULL, NULL);
 }
 
 /* s[rows, seen] = alpha x y^T; x [rows, d] goes into panels at `left` first. Whole tiles are written. */

@@ -1,10 +1,10 @@
 /* norm.c: LayerNorm and RMSNorm over the c channels of each of n tokens.
  *
  *   layernorm: u = (x - mean) rstd, y = u w + b, rstd = 1/sqrt(mean((x - mean)^2) + eps)     g = dy w
- *              dx = rstd (g - mean(g) - u mean(g u));   dw += sum over n of dy u;   db += sum over n of dy
+ *              dx = rstd (g - mean(g) - u mean(g u)) + z;   dw += sum over n of dy u;   db += sum over n of dy
  *   rmsnorm:   u = x rstd,          y = u w,     rstd = 1/sqrt(mean(x^2) + eps)
- *              dx = rstd (g - u mean(g u));             dw += sum over n of dy u
- * fwd and dx write, dw accumulates. Moves 8 n c bytes (fwd), 12 n c (dx), 8 n c (dw): a row is read from memory once
+ *              dx = rstd (g - u mean(g u)) + z;             dw += sum over n of dy u
+ * z is the gradient that comes around the layer, and may be absent. fwd and dx write, dw accumulates. Moves 8 n c bytes (fwd), 12 n c (dx), 8 n c (dw): a row is read from memory once
  * and found in cache by the later loops over it.
  * The trick: u is never stored; dx and dw rebuild it from x and one or two numbers a row. dw is shared by columns.
  */
@@ -28,10 +28,10 @@ void hp_layernorm_fwd(float *y, float *mean, float *rstd, const float *x, const 
 }
 
 void hp_layernorm_dx(float *dx, const float *dy, const float *x, const float *w, const float *mean, const float *rstd,
-    int64_t n, int64_t c) {
+    const float *z, int64_t n, int64_t c) {
 #pragma omp parallel for schedule(static) if (n * c > HP_GRAIN)
   for (int64_t i = 0; i < n; i++) {
-    const float *restrict row = x + i * c, *restrict up = dy + i * c;
+    const float *restrict row = x + i * c, *restrict up = dy + i * c, *restrict around = z ? z + i * c : NULL;
     float *restrict to = dx + i * c;
     const float m = mean[i], r = rstd[i];
     float g = 0, gu = 0;
@@ -39,7 +39,8 @@ void hp_layernorm_dx(float *dx, const float *dy, const float *x, const float *w,
     HP_SUM(gu, c, up[j] * w[j] * ((row[j] - m) * r));
     g /= (float)c;
     gu /= (float)c;
-    for (int64_t j = 0; j < c; j++) to[j] = r * (up[j] * w[j] - g - (row[j] - m) * r * gu);
+    if (z) for (int64_t j = 0; j < c; j++) to[j] = r * (up[j] * w[j] - g - (row[j] - m) * r * gu) + around[j];
+    else for (int64_t j = 0; j < c; j++) to[j] = r * (up[j] * w[j] - g - (row[j] - m) * r * gu);
   }
 }
 
@@ -68,17 +69,18 @@ void hp_rmsnorm_fwd(float *y, float *rstd, const float *x, const float *w, int64
   }
 }
 
-void hp_rmsnorm_dx(float *dx, const float *dy, const float *x, const float *w, const float *rstd, int64_t n,
-    int64_t c) {
+void hp_rmsnorm_dx(float *dx, const float *dy, const float *x, const float *w, const float *rstd, const float *z,
+    int64_t n, int64_t c) {
 #pragma omp parallel for schedule(static) if (n * c > HP_GRAIN)
   for (int64_t i = 0; i < n; i++) {
-    const float *restrict row = x + i * c, *restrict up = dy + i * c;
+    const float *restrict row = x + i * c, *restrict up = dy + i * c, *restrict around = z ? z + i * c : NULL;
     float *restrict to = dx + i * c;
     const float r = rstd[i];
     float gu = 0;
     HP_SUM(gu, c, up[j] * w[j] * (row[j] * r));
     gu /= (float)c;
-    for (int64_t j = 0; j < c; j++) to[j] = r * (up[j] * w[j] - row[j] * r * gu);
+    if (z) for (int64_t j = 0; j < c; j++) to[j] = r * (up[j] * w[j] - row[j] * r * gu) + around[j];
+    else for (int64_t j = 0; j < c; j++) to[j] = r * (up[j] * w[j] - row[j] * r * gu);
   }
 }
 

@@ -1,4 +1,4 @@
-/* product.h: c (+)= op(a) op(b) in float32 by a team, after Goto & van de Geijn 2008 (doi:10.1145/1356052.1356053).
+/* product.h: c = op(a) op(b) + what it starts from, in float32 by a team, after Goto & van de Geijn 2008 (doi:10.1145/1356052.1356053).
  *
  * Blocks of a, HP_DEEP deep, are copied by all threads into panels of HP_TALL rows; then strips of b's columns are
  * handed out, and whoever takes one copies it into panels of HP_WIDE columns and multiplies. The innermost loop holds
@@ -44,11 +44,12 @@ typedef struct { const float *x; int64_t ld; int transposed; } hp_matrix;
 /* The compiler may not load the next row's number before this one's products: it would run out of registers. */
 #define HP_IN_ORDER() __asm__ volatile("" ::: "memory")
 
-/* c[m, n] (+)= alpha a b, where a(i, p) = a[i ai + p ap] and row p of b begins at b + p bp. Reads `tall` rows of a and
- * HP_WIDE columns of b whatever m and n are. Made for each kind of operands by giving constants: `tall`, strides. */
+/* c[m, n] = alpha a b + from + bias, where a(i, p) = a[i ai + p ap] and row p of b begins at b + p bp. `from` lies like c,
+ * and may be c; NULL for none. Reads `tall` rows of a and HP_WIDE columns of b whatever m and n are. Made for each kind
+ * of operands by giving constants: `tall`, strides. */
 static inline __attribute__((always_inline)) void hp_tile_of(const int tall, float *c, int64_t ldc, const float *a,
-    int64_t ai, int64_t ap, const float *b, int64_t bp, int64_t k, int64_t m, int64_t n, float alpha, int add,
-    const float *bias) {
+    int64_t ai, int64_t ap, const float *b, int64_t bp, int64_t k, int64_t m, int64_t n, float alpha,
+    const float *from, const float *bias) {
   hp_vec sum[HP_TALL][HP_VECTORS] = {{{0}}};
   for (int64_t i = 0; i < m; i++) {
     __builtin_prefetch(c + i * ldc, 1);
@@ -72,7 +73,8 @@ static inline __attribute__((always_inline)) void hp_tile_of(const int tall, flo
 #pragma GCC unroll 4
       for (int j = 0; j < HP_VECTORS; j++) {
         hp_vec *to = (hp_vec *)(c + i * ldc + j * HP_VECTOR);
-        const hp_vec start = add ? *to : bias ? *(const hp_vec *)(bias + j * HP_VECTOR) : (hp_vec){0};
+        hp_vec start = from ? *(const hp_vec *)(from + i * ldc + j * HP_VECTOR) : (hp_vec){0};
+        if (bias) start += *(const hp_vec *)(bias + j * HP_VECTOR);
         *to = alpha * sum[i][j] + start;
       }
     return;
@@ -84,13 +86,13 @@ static inline __attribute__((always_inline)) void hp_tile_of(const int tall, flo
     for (int j = 0; j < HP_VECTORS; j++) *(hp_vec *)&out[i][j * HP_VECTOR] = sum[i][j];
   for (int64_t i = 0; i < m; i++)
     for (int64_t j = 0; j < n; j++)
-      c[i * ldc + j] = alpha * out[i][j] + (add ? c[i * ldc + j] : bias ? bias[j] : 0.0f);
+      c[i * ldc + j] = alpha * out[i][j] + ((from ? from[i * ldc + j] : 0.0f) + (bias ? bias[j] : 0.0f));
 }
 
 /* Both operands in panels. */
 static __attribute__((noinline, unused)) void hp_tile(float *c, int64_t ldc, const float *a, const float *b, int64_t k,
-    int64_t m, int64_t n, int add, const float *bias) {
-  hp_tile_of(HP_TALL, c, ldc, a, 1, HP_TALL, b, HP_WIDE, k, m, n, 1.0f, add, bias);
+    int64_t m, int64_t n, const float *from, const float *bias) {
+  hp_tile_of(HP_TALL, c, ldc, a, 1, HP_TALL, b, HP_WIDE, k, m, n, 1.0f, from, bias);
 }
 
 /* Four rows of four numbers change places with their columns: to[j w + i] = x[i ld + j]. */
@@ -155,12 +157,12 @@ static inline void hp_panels_b(float *to, hp_matrix b, int64_t j, int64_t p, int
 
 /* Columns [j0, j1) and rows [i0, i1) of c: panels of a against those of a strip of b. */
 static inline void hp_strip(float *c, int64_t ldc, const float *a, const float *b, int64_t i0, int64_t i1, int64_t j0,
-    int64_t j1, int64_t k, int add, const float *bias) {
+    int64_t j1, int64_t k, const float *from, const float *bias) {
   for (; i0 < i1; i0 += HP_BLOCK)
     for (int64_t j = j0; j < j1; j += HP_WIDE)
       for (int64_t i = i0; i < HP_MIN(i1, i0 + HP_BLOCK); i += HP_TALL)
         hp_tile(c + i * ldc + j, ldc, a + i * k, b + (j - j0) * k, k, HP_MIN(HP_TALL, i1 - i), HP_MIN(HP_WIDE, j1 - j),
-            add, bias ? bias + j : NULL);
+            from ? from + i * ldc + j : NULL, bias ? bias + j : NULL);
 }
 
 /* n things in parts of equal size, a multiple of `unit`, at least `count` parts of them if there are enough. */
@@ -168,9 +170,9 @@ static inline int64_t hp_share(int64_t n, int64_t count, int64_t unit) {
   return HP_MAX(1, (n + count * unit - 1) / (count * unit)) * unit;
 }
 
-/* c[m, n] (+)= a[m, k] b[k, n]; where it is not added to, c starts from the bias, if there is one. */
-static inline void hp_product(float *c, int64_t ldc, hp_matrix a, hp_matrix b, int64_t m, int64_t n, int64_t k, int add,
-    const float *bias, void *work) {
+/* c[m, n] = from + bias + a[m, k] b[k, n]; `from` lies like c and may be c. Both may be absent. */
+static inline void hp_product(float *c, int64_t ldc, hp_matrix a, hp_matrix b, int64_t m, int64_t n, int64_t k,
+    const float *from, const float *bias, void *work) {
   const int64_t deep = hp_share(k, (k + HP_DEEP - 1) / HP_DEEP, 1);
   const int64_t tall = hp_share(m, (m + HP_ROWS_AT_ONCE - 1) / HP_ROWS_AT_ONCE, HP_TALL);
 #pragma omp parallel if ((double)m * (double)n * (double)k > 262144)
@@ -192,7 +194,9 @@ static inline void hp_product(float *c, int64_t ldc, hp_matrix a, hp_matrix b, i
           const int64_t j0 = task / parts * wide, j1 = HP_MIN(n, j0 + wide), r0 = task % parts * part;
           if (mine != j0) hp_panels_b(own, b, j0, p, d, j1 - j0);
           mine = j0;
-          hp_strip(c + i0 * ldc, ldc, shared, own, r0, HP_MIN(rows, r0 + part), j0, j1, d, add || p > 0, bias);
+          const float *start = p > 0 ? c : from; /* the first block of depth begins, the others go on */
+          hp_strip(c + i0 * ldc, ldc, shared, own, r0, HP_MIN(rows, r0 + part), j0, j1, d,
+              start ? start + i0 * ldc : NULL, p > 0 ? NULL : bias);
         }
       }
   }

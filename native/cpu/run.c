@@ -81,7 +81,7 @@ double hp_matmul_peak(double seconds) {
     const double start = omp_get_wtime();
     while (a && elapsed < seconds) {
       const hp_matrix left = {a, SIDE, 0}, right = {a + size, SIDE, 1};
-      hp_product(a + 2 * size, SIDE, left, right, SIDE, SIDE, SIDE, 0, NULL, a + 3 * size);
+      hp_product(a + 2 * size, SIDE, left, right, SIDE, SIDE, SIDE, NULL, NULL, a + 3 * size);
       products++;
       elapsed = omp_get_wtime() - start;
     }

@@ -34,8 +34,8 @@ void hp_dispatch(const hp_call *call, char *arena, const int64_t *bases, void *w
 void hp_run(const hp_call *calls, int64_t n, char *arena, const int64_t *bases, int64_t work, int threads);
 double hp_matmul_peak(double seconds);      /* FLOP/s of float32 products on this team, measured now */
 
-void hp_linear_fwd(float *y, const float *x, const float *w, const float *b, int64_t n, int64_t o, int64_t c,
-    void *work);
+void hp_linear_fwd(float *y, const float *x, const float *w, const float *b, const float *z, int64_t n, int64_t o,
+    int64_t c, void *work);
 void hp_linear_dx(float *dx, const float *dy, const float *w, int64_t n, int64_t o, int64_t c, void *work);
 void hp_linear_dw(float *dw, float *db, const float *dy, const float *x, int64_t n, int64_t o, int64_t c, void *work);
 void hp_embedding_fwd(float *y, const int32_t *ids, const float *w, int64_t n, int64_t v, int64_t c);
@@ -45,17 +45,17 @@ void hp_position_dw(float *dw, const float *dy, int64_t n, int64_t s, int64_t c,
 void hp_layernorm_fwd(float *y, float *mean, float *rstd, const float *x, const float *w, const float *b, int64_t n,
     int64_t c, float eps);
 void hp_layernorm_dx(float *dx, const float *dy, const float *x, const float *w, const float *mean, const float *rstd,
-    int64_t n, int64_t c);
+    const float *z, int64_t n, int64_t c);
 void hp_layernorm_dw(float *dw, float *db, const float *dy, const float *x, const float *mean, const float *rstd,
     int64_t n, int64_t c);
 void hp_rmsnorm_fwd(float *y, float *rstd, const float *x, const float *w, int64_t n, int64_t c, float eps);
-void hp_rmsnorm_dx(float *dx, const float *dy, const float *x, const float *w, const float *rstd, int64_t n, int64_t
-    c);
+void hp_rmsnorm_dx(float *dx, const float *dy, const float *x, const float *w, const float *rstd, const float *z,
+    int64_t n, int64_t c);
 void hp_rmsnorm_dw(float *dw, const float *dy, const float *x, const float *rstd, int64_t n, int64_t c);
 void hp_gelu_fwd(float *y, const float *x, int64_t n, int64_t c);
-void hp_gelu_dx(float *dx, const float *dy, const float *x, int64_t n, int64_t c);
+void hp_gelu_dx(float *dx, float *y, const float *dy, const float *x, int64_t n, int64_t c);
 void hp_swiglu_fwd(float *y, const float *x, int64_t n, int64_t f);
-void hp_swiglu_dx(float *dx, const float *dy, const float *x, int64_t n, int64_t f);
+void hp_swiglu_dx(float *dx, float *y, const float *dy, const float *x, int64_t n, int64_t f);
 void hp_rope_fwd(float *qkv, int64_t n, int64_t t, int64_t h, int64_t k, int64_t d, float theta);
 void hp_rope_dx(float *dqkv, int64_t n, int64_t t, int64_t h, int64_t k, int64_t d, float theta);
 void hp_attention_fwd(float *y, float *lse, const float *qkv, int64_t n, int64_t t, int64_t h, int64_t k, int64_t d,
@@ -64,8 +64,9 @@ void hp_attention_dx(float *dqkv, const float *dy, const float *y, const float *
     int64_t t, int64_t h, int64_t k, int64_t d, void *work);
 void hp_add_fwd(float *y, const float *a, const float *b, int64_t n, int64_t c);
 void hp_dropout_fwd(float *y, const float *x, const int64_t *key, int64_t n, int64_t c, int64_t salt, float p);
-void hp_crossentropy_fwd(double *loss, float *nll, float *logits, const int32_t *targets, int64_t n, int64_t v, float
-    scale);
+void hp_linearcrossentropy_fwd(double *loss, float *nll, float *dx, float *logits, float *dw, const float *x, const
+    float *w, const int32_t *targets, const int64_t *key, int64_t n, int64_t v, int64_t c, int64_t r, float scale, void
+    *work);
 void hp_accumulate(float *acc, const float *x, int64_t n);
 void hp_sumsq(double *s, const float *x, int64_t n);
 void hp_adamw_step(float *p, float *g, float *m, float *v, const double *hyper, int64_t n, float decay);

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from hpcpipe.backends.definitions import FUNCTIONS
 from hpcpipe.backends.kernels import BY_NAME, TABLE, evaluate
-from hpcpipe.backends.reference import FUNCTIONS
 
 Array = np.ndarray
 Env = dict[str, Any]
@@ -39,11 +39,13 @@ FAMILIES: dict[str, list[Env]] = {
                (768, 128, 128), (130, 1100, 70), (600, 70, 600), (1300, 520, 64), (1100, 1040, 800), (70, 1, 1),
                (1, 1, 70)),
         *_rows("n o c", (5, 3, 9), (200, 130, 100), bias=False),
+        *_rows("n o c", (5, 3, 9), (130, 1100, 70), (70, 40, 1600), around=True),
+        *_rows("n o c", (3, 7, 5), (130, 96, 800), bias=False, around=True),
     ],
     "embedding": _rows("n v c", (1, 1, 1), (7, 5, 3), (2, 1100, 4), (301, 65, 127), (300, 3, 1)),
     "position": _rows("n s c t", (1, 1, 1, 1), (6, 5, 3, 3), (10, 5, 2, 5), (260, 140, 129, 130), (300, 1, 77, 1)),
-    "layernorm": [{**e, "eps": 1e-5} for e in _MATRIX if e["c"] > 1],
-    "rmsnorm": [{**e, "eps": 1e-5} for e in _MATRIX],
+    "layernorm": [{**e, "eps": 1e-5, "around": around} for e in _MATRIX if e["c"] > 1 for around in (False, True)],
+    "rmsnorm": [{**e, "eps": 1e-5, "around": around} for e in _MATRIX for around in (False, True)],
     "gelu": _MATRIX,
     "swiglu": _rows("n f", (1, 1), (1, 37), (53, 1), (65, 33), (7, 1000), (301, 127)),
     "rope": _rows("n t h k d", (1, 1, 1, 1, 2), (6, 3, 3, 1, 4), (130, 65, 4, 2, 6), (260, 130, 8, 2, 64),
@@ -53,7 +55,11 @@ FAMILIES: dict[str, list[Env]] = {
     "add": _MATRIX,
     "dropout": [{**e, "salt": salt, "p": p, "on": on} for e in _MATRIX[3:7]
                 for salt, p, on in ((3, 0.1, 1), (-5, 0.5, 1), (0, 0.0, 1), (2**62, 0.9, 1), (3, 0.1, 0))],
-    "crossentropy": _rows("n v", (1, 1), (1, 65), (33, 2), (100, 65), (7, 8192), (301, 777), scale=0.125),
+    "linearcrossentropy": [
+        *_rows("n v c r", (1, 1, 1, 1), (1, 65, 33, 1), (33, 2, 5, 33), (100, 65, 48, 100), (7, 8192, 9, 4),
+               (301, 777, 40, 128), (130, 1100, 800, 65), scale=0.125, on=1),
+        *_rows("n v c r", (33, 2, 5, 33), (301, 777, 40, 128), scale=0.125, on=0),
+    ],
     "accumulate": _rows("n", (1,), (37,), (2049,), (100003,)),
     "sumsq": _rows("n", (1,), (37,), (2049,), (100003,), (1200007,)),
     "adamw": [{"n": n, "decay": decay, "hyper": h} for n, decay in ((1, 0.1), (37, 0.0), (2049, 0.1), (100003, 0.1))
@@ -64,9 +70,10 @@ CASES: list[tuple[str, Env]] = [(kernel.name, env) for kernel in TABLE for env i
 
 
 def shapes_of(name: str, env: Env) -> dict[str, tuple[int, ...] | None]:
-    """The shape of every buffer of a kernel; None for a bias that this case leaves out."""
+    """The shape of every buffer of a kernel; None for one that this case leaves out."""
+    there = {"z": env.get("around", False), "b": env.get("bias", True), "db": env.get("bias", True)}
     return {
-        a.name: None if a.optional and not env.get("bias", True) else tuple(evaluate(s, env) for s in a.shape)
+        a.name: None if a.optional and not there[a.name] else tuple(evaluate(s, env) for s in a.shape)
         for a in BY_NAME[name].buffers
     }
 
@@ -86,7 +93,7 @@ def inputs_of(name: str, env: Env, rng: np.random.Generator) -> dict[str, Array 
         elif a.name == "hyper":
             values[a.name] = np.array(HYPER[env["hyper"]], dtype=np.float64)
         else:
-            values[a.name] = (3 if a.name == "logits" else 1) * rng.standard_normal(shape).astype(np.float32)
+            values[a.name] = rng.standard_normal(shape).astype(np.float32)
     if name.startswith("adamw"):
         values["v"] = np.square(values["v"])
     saved = [a.name for a in BY_NAME[name].ins if a.name in ("mean", "rstd", "lse", "y")]
@@ -106,12 +113,12 @@ def reference(name: str, env: Env, values: dict[str, Array | None]) -> dict[str,
     buffers: dict[str, Array | None] = {}
     for a, shape in zip(row.buffers, shapes_of(name, env).values(), strict=True):
         given = values.get(a.name)
-        if a.role == "out":
+        if a.role in ("out", "scratch"):
             buffers[a.name] = np.full(shape, np.nan)
         else:
             buffers[a.name] = None if given is None else given.astype(np.float64) if a.type == "r" else given.copy()
     FUNCTIONS[name](*buffers.values(), *(env[s] for s in row.ints + row.reals))
-    return {a.name: b for a in row.buffers if a.role != "in" and (b := buffers[a.name]) is not None}
+    return {a.name: b for a in row.buffers if a.role in ("out", "inout") and (b := buffers[a.name]) is not None}
 
 
 def label(case: tuple[str, Env]) -> str:

@@ -47,14 +47,14 @@ def execute(backend: CpuBackend, name: str, env: Env, values: dict[str, Array | 
              for a, t in zip(row.buffers, tensors, strict=True) if t}  # fmt: skip
     for a in row.buffers:
         if a.name in views:
-            views[a.name][...] = np.nan if a.role == "out" else values[a.name]
+            views[a.name][...] = np.nan if a.role in ("out", "scratch") else values[a.name]
     before = memory.copy()
     backend.run(handle, memory, np.array([0, base]), work)
-    written = {a.name: views[a.name].copy() for a in row.buffers if a.role != "in" and a.name in views}
-    for a in row.buffers:
-        if a.name in written:
-            span = _span(views[a.name], memory)
-            memory[span] = before[span]
+    touched = [a for a in row.buffers if a.role != "in" and a.name in views]
+    written = {a.name: views[a.name].copy() for a in touched if a.role != "scratch"}
+    for a in touched:
+        span = _span(views[a.name], memory)
+        memory[span] = before[span]
     memory[work:end] = 0xFF
     np.testing.assert_array_equal(memory, before, err_msg=f"{name} wrote outside its outputs")
     return written
@@ -180,24 +180,46 @@ def test_heads_and_tokens_that_do_not_divide_are_refused(h: int, k: int, n: int,
 
 
 def test_ignored_targets_cost_nothing(level: str) -> None:
-    env = {"n": 5, "v": 37, "scale": 0.5}
-    values = inputs_of("crossentropy_fwd", env, np.random.default_rng(1))
-    everything = execute(CpuBackend(2, level), "crossentropy_fwd", env, values)
+    env = {"n": 5, "v": 37, "c": 20, "r": 2, "scale": 0.5, "on": 1}
+    values = inputs_of("linearcrossentropy_fwd", env, np.random.default_rng(1))
+    everything = execute(CpuBackend(2, level), "linearcrossentropy_fwd", env, values)
     values["targets"][[1, 4]] = -1
-    found = execute(CpuBackend(2, level), "crossentropy_fwd", env, values)
+    found = execute(CpuBackend(2, level), "linearcrossentropy_fwd", env, values)
     assert not found["nll"][[1, 4]].any()
-    assert not found["logits"][[1, 4]].any()
-    assert found["logits"][[0, 2, 3]].tobytes() == everything["logits"][[0, 2, 3]].tobytes()
+    assert not found["dx"][[1, 4]].any()
+    assert found["dx"][[0, 2, 3]].tobytes() == everything["dx"][[0, 2, 3]].tobytes()
     assert found["loss"][0] == found["nll"].astype(np.float64).sum()
+
+
+def test_a_loss_that_nobody_trains_on_leaves_the_gradient_alone(level: str) -> None:
+    env = {"n": 50, "v": 37, "c": 20, "r": 32, "scale": 0.5, "on": 0}
+    values = inputs_of("linearcrossentropy_fwd", env, np.random.default_rng(1))
+    silent = execute(CpuBackend(2, level), "linearcrossentropy_fwd", env, values)
+    assert silent["dw"].tobytes() == values["dw"].tobytes() and not silent["dx"].any()
+    values["key"][3] = 1
+    trained = execute(CpuBackend(2, level), "linearcrossentropy_fwd", env, values)
+    assert trained["nll"].tobytes() == silent["nll"].tobytes() and trained["loss"] == silent["loss"]
+    assert (trained["dw"] != values["dw"]).any() and trained["dx"].any()
+
+
+def test_the_size_of_a_block_of_tokens_decides_no_loss_and_no_input_gradient(level: str) -> None:
+    found = []
+    for r in (1, 7, 50):
+        env = {"n": 50, "v": 37, "c": 20, "r": r, "scale": 0.5, "on": 1}
+        values = inputs_of("linearcrossentropy_fwd", env, np.random.default_rng(1))
+        found.append(execute(CpuBackend(2, level), "linearcrossentropy_fwd", env, values))
+    for name in ("loss", "nll", "dx"):
+        assert len({f[name].tobytes() for f in found}) == 1
 
 
 def test_numbers_outside_the_vocabulary_become_nan(level: str) -> None:
     values = {"ids": np.array([1, 3, -1], dtype=np.int32), "w": np.ones((3, 20), dtype=np.float32)}
     found = execute(CpuBackend(1, level), "embedding_fwd", {"n": 3, "v": 3, "c": 20}, values)
     np.testing.assert_array_equal(np.isnan(found["y"]).all(axis=1), [False, True, True])
-    env = {"n": 2, "v": 3, "scale": 1.0}
-    logits = {"logits": np.ones((2, 3), dtype=np.float32), "targets": np.array([0, 3], dtype=np.int32)}
-    found = execute(CpuBackend(1, level), "crossentropy_fwd", env, logits)
+    env = {"n": 2, "v": 3, "c": 1, "r": 2, "scale": 1.0, "on": 1}
+    values = inputs_of("linearcrossentropy_fwd", env, np.random.default_rng(1))
+    values["targets"][...] = [0, 3]
+    found = execute(CpuBackend(1, level), "linearcrossentropy_fwd", env, values)
     np.testing.assert_array_equal(np.isnan(found["nll"]), [False, True])
     assert np.isnan(found["loss"][0])
 
@@ -224,7 +246,7 @@ def test_activations_over_the_whole_range(level: str, name: str) -> None:
 def test_nan_is_never_hidden(level: str, case: tuple[str, Env]) -> None:
     name, env = case
     values = inputs_of(name, env, np.random.default_rng(2))
-    key = next(a.name for a in BY_NAME[name].ins if a.type == "r")
+    key = next(a.name for a in BY_NAME[name].ins if a.type == "r" and a.name != "dw")
     values[key].flat[0] = np.nan
     found = execute(CpuBackend(1, level), name, env, values)
     assert np.isnan(found[BY_NAME[name].buffers[0].name].flat[0])

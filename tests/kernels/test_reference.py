@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import cmath
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
-from hpcpipe.backends import reference
+from hpcpipe.backends import definitions as reference
+from hpcpipe.backends.definitions import FUNCTIONS
 from hpcpipe.backends.kernels import BY_NAME, TABLE, evaluate
 from hpcpipe.backends.null import Recorder
-from hpcpipe.backends.reference import FUNCTIONS, ReferenceBackend
+from hpcpipe.backends.reference import ReferenceBackend
 
 Array = np.ndarray
 STEP = 1e-5
@@ -37,11 +39,12 @@ CASES: list[tuple[str, dict[str, float]]] = [
 
 
 def inputs_of(family: str, env: dict[str, float], rng: np.random.Generator) -> dict[str, Array]:
-    """Random inputs of ``family``_fwd by name."""
+    """Random inputs of ``family``_fwd by name, without what comes around it."""
     limit = {"ids": int(env.get("v", 1))}
     return {
         a.name: rng.integers(0, limit[a.name], size=shape) if a.type == "i" else rng.standard_normal(shape)
         for a in BY_NAME[f"{family}_fwd"].ins
+        if a.name != "z"
         for shape in [tuple(evaluate(s, env) for s in a.shape)]
     }
 
@@ -49,8 +52,8 @@ def inputs_of(family: str, env: dict[str, float], rng: np.random.Generator) -> d
 def call(name: str, values: dict[str, Array], env: dict[str, float]) -> dict[str, Array]:
     """Runs a kernel on copies of ``values`` (float64) and returns its outputs, in-out arguments among them."""
     row = BY_NAME[name]
-    buffers = {a.name: np.full(tuple(evaluate(s, env) for s in a.shape), np.nan) for a in row.outs}
-    buffers |= {a.name: values[a.name].copy() for a in row.ins}
+    buffers: dict[str, Any] = {a.name: np.full(tuple(evaluate(s, env) for s in a.shape), np.nan) for a in row.outs}
+    buffers |= {a.name: values[a.name].copy() if a.name in values else None for a in row.ins}
     FUNCTIONS[name](*buffers.values(), *(env[s] for s in row.ints + row.reals))
     return {a.name: buffers[a.name] for a in row.buffers if a.role != "in"}
 
@@ -62,8 +65,11 @@ def gradients(family: str, values: dict[str, Array], dy: Array, env: dict[str, f
     found: dict[str, Array] = {}
     for name in (f"{family}_dx", f"{family}_dw"):
         if name in BY_NAME:
-            starts = {a.name: np.ones(values[a.name[1:]].shape) for a in BY_NAME[name].ins if a.name not in known}
+            accumulated = (a.name for a in BY_NAME[name].ins if a.role == "inout")
+            starts = {a: np.ones(values[a[1:]].shape) for a in accumulated if a not in known}
             for key, value in call(name, {**known, **starts}, env).items():
+                if key == "y":  # an activation gives its output again
+                    continue
                 found[key[1:]] = value - 1 if key in starts else value
     return found
 
@@ -99,7 +105,7 @@ def test_linear_without_bias() -> None:
     rng = np.random.default_rng(0)
     x, w, dy = rng.standard_normal((4, 3)), rng.standard_normal((2, 3)), rng.standard_normal((4, 2))
     y, dw = np.empty((4, 2)), np.ones((2, 3))
-    reference.linear_fwd(y, x, w, None)
+    reference.linear_fwd(y, x, w, None, None)
     reference.linear_dw(dw, None, dy, x)
     np.testing.assert_allclose(y, [[sum(x[i, c] * w[o, c] for c in range(3)) for o in range(2)] for i in range(4)])
     np.testing.assert_allclose(
@@ -168,7 +174,7 @@ def test_swiglu_and_attention_stay_finite_for_large_values(dtype: str) -> None:
     y, dx = np.empty((1, 2), dtype), np.empty((1, 4), dtype)
     with np.errstate(over="raise", invalid="raise"):
         reference.swiglu_fwd(y, x)
-        reference.swiglu_dx(dx, np.ones((1, 2), dtype), x)
+        reference.swiglu_dx(dx, np.empty_like(y), np.ones((1, 2), dtype), x)
         np.testing.assert_array_equal(y, [[0, 3000]])
         np.testing.assert_array_equal(dx, [[0, 3, 0, 1000]])
         qkv, y, lse = np.full((2, 3), 100, dtype), np.empty((2, 1), dtype), np.empty((2, 1), dtype)
@@ -176,24 +182,47 @@ def test_swiglu_and_attention_stay_finite_for_large_values(dtype: str) -> None:
     np.testing.assert_array_equal(y, [[100], [100]])
 
 
-def test_crossentropy_and_the_gradient_it_leaves_behind() -> None:
+def test_crossentropy_and_both_its_gradients() -> None:
     rng = np.random.default_rng(4)
-    logits, targets = rng.standard_normal((5, 7)) + 1000, rng.integers(0, 7, 5)
-    found = call("crossentropy_fwd", {"logits": logits, "targets": targets}, {"n": 5, "v": 7, "scale": 0.25})
-    for i, target in enumerate(targets):
+    values = {"x": rng.standard_normal((5, 3)), "w": rng.standard_normal((7, 3)), "targets": rng.integers(0, 7, 5),
+              "dw": np.ones((7, 3)), "key": np.array([0, 0, 0, 1])}  # fmt: skip
+    env = {"n": 5, "v": 7, "c": 3, "r": 2, "scale": 0.25}
+    found = call("linearcrossentropy_fwd", values, env)
+    logits = values["x"] @ values["w"].T
+    for i, target in enumerate(values["targets"]):
         assert found["nll"][i] == pytest.approx(math.log(sum(math.exp(v - logits[i, target]) for v in logits[i])))
     assert found["loss"][0] == pytest.approx(sum(found["nll"]), rel=1e-15)
-    for i in range(logits.size):
-        ends = []
-        for sign in (1, -1):
-            moved = logits.copy()
-            moved.flat[i] += sign * STEP
-            ends.append(
-                call("crossentropy_fwd", {"logits": moved, "targets": targets}, {"n": 5, "v": 7, "scale": 1.0})["loss"][
-                    0
-                ]
-            )
-        assert 0.25 * (ends[0] - ends[1]) / (2 * STEP) == pytest.approx(found["logits"].flat[i], abs=1e-8)
+    for name, gradient in (("x", found["dx"]), ("w", found["dw"] - 1)):
+        for i in range(values[name].size):
+            ends = []
+            for sign in (1, -1):
+                moved = values | {name: values[name].copy()}
+                moved[name].flat[i] += sign * STEP
+                ends.append(call("linearcrossentropy_fwd", moved, env)["loss"][0])
+            assert 0.25 * (ends[0] - ends[1]) / (2 * STEP) == pytest.approx(gradient.flat[i], abs=1e-8)
+    silent = call("linearcrossentropy_fwd", values | {"key": np.zeros(4, int)}, env)
+    assert silent["loss"] == found["loss"] and (silent["dw"] == 1).all() and not silent["dx"].any()
+
+
+def test_what_comes_around_is_added() -> None:
+    rng = np.random.default_rng(6)
+    for family, out in (("linear", "y"), ("layernorm", "dx"), ("rmsnorm", "dx")):
+        env = {"n": 4, "o": 5, "c": 5, "eps": 1e-5}
+        values = inputs_of(family, env, rng)
+        if out == "dx":
+            values |= call(f"{family}_fwd", values, env) | {"dy": rng.standard_normal((4, 5))}
+        name = f"{family}_fwd" if out == "y" else f"{family}_dx"
+        z = rng.standard_normal((4, 5))
+        alone, both = call(name, values, env), call(name, values | {"z": z}, env)
+        np.testing.assert_allclose(both[out], alone[out] + z, rtol=1e-14)
+
+
+def test_the_gradient_of_an_activation_gives_the_activation_again() -> None:
+    rng = np.random.default_rng(7)
+    for family, env in (("gelu", {"n": 3, "c": 5}), ("swiglu", {"n": 3, "f": 5})):
+        values = inputs_of(family, env, rng)
+        y = call(f"{family}_fwd", values, env)["y"]
+        assert (call(f"{family}_dx", values | {"dy": np.ones_like(y)}, env)["y"] == y).all()
 
 
 def test_embedding_position_add_accumulate_sumsq() -> None:

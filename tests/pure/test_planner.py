@@ -40,7 +40,7 @@ def recording_of(**passes: tuple[Call, ...]) -> Recording:
 
 
 def linear(n: int, o: int, c: int) -> Call:
-    tensors = (Tensor(1, (n, o)), Tensor(2, (n, c)), Tensor(3, (o, c)), Tensor(4, (o,)))
+    tensors = (Tensor(1, (n, o)), Tensor(2, (n, c)), Tensor(3, (o, c)), Tensor(4, (o,)), None)
     return Call("linear_fwd", tensors, (n, o, c), ())
 
 
@@ -258,7 +258,7 @@ def test_a_schedule_from_a_file(tmp_path: Path, name: str) -> None:
 def test_who_gains_by_it_guesses() -> None:
     """Not where ranks wait for each other anyway, be it the schedule or a tie that crosses ranks; or as one wishes."""
     for name, schedule, ranks, early in (
-        ("untied", "zb_h2", 2, True), ("untied", "dualpipe", 4, True), ("untied", "1f1b", 2, False),
+        ("untied", "zb_h2", 3, True), ("untied", "dualpipe", 4, True), ("untied", "1f1b", 2, False),
         ("untied", "gpipe", 4, False), ("llama", "zb_h2", 2, False), ("llama", "dualpipe", 4, False),
         ("untied", "1f1b", 1, False),
     ):  # fmt: skip
@@ -415,3 +415,24 @@ def test_a_file_with_two_copies_of_a_stage_on_one_rank_is_refused(tmp_path: Path
         with pytest.raises(UserError, match=r"^pipeline\.schedule: ") as caught:
             planned("untied", 2, pipeline__schedule=f"file:{file}")
         assert "every copy needs a rank of its own" in str(caught.value) or chains == "0 chains"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings", "merged"),
+    [
+        (1, {}, {0}),
+        (1, {"pipeline__schedule": "gpipe"}, {0}),
+        (2, {}, {0}),  # rank 1 sends its gradient on before it turns to W
+        (2, {"pipeline__schedule": "zb_v"}, set()),
+        (2, {"pipeline__schedule": "interleaved"}, {0}),
+    ],
+)
+def test_a_stage_that_sends_nothing_between_b_and_w_does_both_at_once(
+    ranks: int, settings: dict[str, Any], merged: set[int]
+) -> None:
+    p = planned("llama", ranks, train__batch=8, **settings)
+    assert {i for i, stage in enumerate(p.stages) if not stage.recording.passes["W"]} == merged
+    assert {i for i, stage in enumerate(p.stages) if stage.cost.W == 0.0} == merged
+    for rank in p.ranks:
+        for (stage, pool), (_, size, _) in rank.memory.pools.items():
+            assert pool != "OWED" or (stage not in merged and size)

@@ -142,8 +142,8 @@ def reference_accepts(schedule):
     if any(schedule.placement[op.stage] != rank for rank, row in enumerate(schedule.rows) for op in row):
         return False
     for row in schedule.rows:
-        weights = [op for op in row if op.kind == "W"]
-        if any(a.stage == b.stage and a.micro > b.micro for i, a in enumerate(weights) for b in weights[i:]):
+        sums = [op for op in row if op.kind == "W" or (op.kind == "F" and (op.stage + 1) % schedule.depth == 0)]
+        if any(a[:2] == b[:2] and a.micro > b.micro for i, a in enumerate(sums) for b in sums[i:]):
             return False
     before = {op: set(needs(op, schedule.depth)) for op in every}
     for row in schedule.rows:
@@ -208,6 +208,10 @@ def rows_of(*texts, name="mine", placement=(0, 1), micros=1):
             rows_of("F0.0 F0.1 B0.0 B0.1 W0.1 W0.0", placement=(0,), micros=2),
             r"rank 0 runs W0\.0 after W0\.1, but the W of a stage run in microbatch order",
         ),
+        (
+            rows_of("F0.1 F0.0 B0.0 W0.0 B0.1 W0.1", placement=(0,), micros=2),
+            r"rank 0 runs F0\.0 after F0\.1, but the F of a last stage run in microbatch order",
+        ),
     ],
 )
 def test_the_message_names_the_fault(schedule, message):
@@ -216,7 +220,7 @@ def test_the_message_names_the_fault(schedule, message):
 
 
 def test_a_stuck_schedule_prints_who_waits_for_what_and_the_grid():
-    schedule = rows_of("F0.0 F0.1 B0.0 W0.0 B0.1 W0.1", "F1.1 F1.0 W1.0 B1.0 B1.1 W1.1", micros=2)
+    schedule = rows_of("F0.0 F0.1 B0.0 W0.0 B0.1 W0.1", "F1.0 F1.1 W1.0 B1.0 B1.1 W1.1", micros=2)
     with pytest.raises(ScheduleError) as error:
         validate(schedule)
     assert str(error.value).splitlines() == [
@@ -224,7 +228,7 @@ def test_a_stuck_schedule_prints_who_waits_for_what_and_the_grid():
         "rank 0 stands at B0.0 and waits for B1.0 from rank 1",
         "rank 1 stands at W1.0 and waits for B1.0 from rank 1",
         "  rank 0: F0.0 F0.1 [B0.0] W0.0 B0.1 W0.1",
-        "  rank 1: F1.1 F1.0 [W1.0] B1.0 B1.1 W1.1",
+        "  rank 1: F1.0 F1.1 [W1.0] B1.0 B1.1 W1.1",
     ]
 
 

@@ -56,8 +56,8 @@ def judge_ops(schedule, rows):
                     raise WrongError(f"{op} on rank {rank}")
                 if not done.issuperset(arrives(*op, depth)):
                     break
-                if kind == "W":
-                    summed[stage].append(micro)
+                if kind == "W" or (kind == "F" and stage % depth == depth - 1):
+                    summed[kind, stage].append(micro)
                 done.add(op)
                 place[rank] += 1
                 moved = True
