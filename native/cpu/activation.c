@@ -2,7 +2,8 @@
  *
  * n tokens, c channels, f feed-forward width.
  *   gelu:    y = x sigmoid(2a (x + b x^3)), the tanh form;           dx = dy times its slope, y again
- *   swiglu:  x = [gate | up]:  y = gate s up, s = sigmoid(gate);   dgate = dy up s (1 + gate (1 - s)), dup = dy gate s, y again
+ *   swiglu:  x = [gate | up]:  y = gate s up, s = sigmoid(gate);   dgate = dy up s (1 + gate (1 - s)), dup = dy gate s,
+ *            y again
  *   add:     y = a + b
  *   dropout: y = x keep / (1 - p), keep from a counter-based hash;   on == 0 copies
  * All write. Moves 8 n c bytes (gelu_fwd, dropout), 12 n c (add), 16 n c (gelu_dx), 12 n f (swiglu_fwd), 24 n f
@@ -46,7 +47,9 @@ void hp_swiglu_dx(float *dx, float *y, const float *dy, const float *x, int64_t 
     for (int64_t j0 = 0; j0 < f; j0 += HP_AHEAD) {
       fetch(gate + 2 * f + j0), fetch(up + 2 * f + j0), fetch(from + f + j0);
       fetch(dgate + 2 * f + j0), fetch(dup + 2 * f + j0), fetch(to + f + j0);
-      for (int64_t j = j0; j < HP_MIN(f, j0 + HP_AHEAD); j++) {
+      const int64_t j1 = HP_MIN(f, j0 + HP_AHEAD);
+#pragma omp simd
+      for (int64_t j = j0; j < j1; j++) {
         const float s = hp_sigmoid(gate[j]), silu = gate[j] * s;
         dgate[j] = from[j] * up[j] * hp_silu_slope(gate[j], s);
         dup[j] = from[j] * silu;

@@ -8,10 +8,9 @@
  * Moves 4 n (h + 2k) d bytes in and 4 n h d out (fwd), about three times that (dx); the t x t matrix never exists: a
  * thread holds one (fwd) or two (dx) blocks of HP_QUERIES x t in `work`, and the keys of a head as panels.
  * The tricks: tiles of six queries by a vector or two of keys are the unit of all five products, so that nothing beyond
- * them is computed in the masked half; only keys and values that are multiplied across are copied, what is multiplied
- * along is read where it lies. dx takes the query blocks from the last to the first: the last one reaches every key, so
- * it writes dk and dv and all others add to them: no clearing, and one fixed order, since one thread owns a key/value
- * head.
+ * them is computed in the masked half; what is multiplied is copied into panels first, unless it is short and lies well.
+ * dx takes the query blocks from the last to the first: the last one reaches every key, so it writes dk and dv and all
+ * others add to them: no clearing, and one fixed order, since one thread owns a key/value head.
  */
 #include "product.h"
 
@@ -66,9 +65,10 @@ static columns across(float *to, const float *x, int64_t ld, int64_t d, int64_t 
   return (columns){to, HP_WIDE * d, HP_WIDE};
 }
 
-/* x [rows, d], where it lies if whole vectors fit its rows. */
+/* x [rows, d]: where it lies, if whole vectors fit its rows and a column of them the 64 sets of 8 lines of a cache. */
 static columns along(float *to, const float *x, int64_t ld, int64_t rows, int64_t d) {
-  if (d % HP_WIDE == 0) return (columns){x, HP_WIDE, ld};
+  const int64_t lines = ld / 16, sets = 64 / HP_MIN(64, HP_MAX(1, lines & -lines));
+  if (d % HP_WIDE == 0 && ld % 16 == 0 && rows <= 8 * sets) return (columns){x, HP_WIDE, ld};
   hp_along(to, x, ld, rows, d, HP_WIDE);
   return (columns){to, HP_WIDE * rows, HP_WIDE};
 }
@@ -95,15 +95,15 @@ static __attribute__((noinline)) void tile_columns(float *c, int64_t ldc, const 
 static void scores(float *s, int64_t width, float *left, const float *x, int64_t ld, columns y, const block *b,
     float alpha) {
   hp_across(left, x, ld, b->d, b->rows, HP_SIX);
-  for (int64_t i = 0; i < b->rows; i += HP_SIX)
-    for (int64_t j = 0; j < seen_by(b, i); j += HP_WIDE)
+  for (int64_t j = 0; j < b->end; j += HP_WIDE)
+    for (int64_t i = HP_MAX(0, j - b->first) / HP_SIX * HP_SIX; i < b->rows; i += HP_SIX) /* who sees key j */
       tile_panel(s + i * width + j, width, left + i * b->d, y.x + j / HP_WIDE * y.next, b->d, alpha);
 }
 
 /* out[rows, d] = alpha s y, y [keys, d] */
 static void gather(float *out, int64_t ld, const float *s, int64_t width, columns y, const block *b, float alpha) {
-  for (int64_t i = 0; i < b->rows; i += HP_SIX)
-    for (int64_t j = 0; j < b->d; j += HP_WIDE)
+  for (int64_t j = 0; j < b->d; j += HP_WIDE)
+    for (int64_t i = 0; i < b->rows; i += HP_SIX)
       tile_rows(out + i * ld + j, ld, s + i * width, width, y.x + j / HP_WIDE * y.next, y.step, seen_by(b, i),
           HP_MIN(HP_SIX, b->rows - i), HP_MIN(HP_WIDE, b->d - j), alpha);
 }

@@ -32,9 +32,12 @@
 /* sum += terms over j in [0, n): HP_LANES running sums, added in pairs at the end. The compiler, left to itself, either
  * keeps one running sum or adds the lanes of a vector one by one. */
 #define HP_LANES 32
-typedef float hp_vector16 __attribute__((vector_size(64), aligned(4)));
+typedef float hp_vector16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef float hp_vector8 __attribute__((vector_size(32), aligned(4)));
 typedef float hp_vector4 __attribute__((vector_size(16), aligned(4)));
+/* Left to itself, the compiler clears them by a string instruction, which takes longer than many a sum. */
+#define HP_CLEAR(lanes) \
+  (*(hp_vector16 *)(lanes) = (hp_vector16){0}, *(hp_vector16 *)((lanes) + 16) = (hp_vector16){0})
 static inline float hp_sum_lanes(const float *lane) {
   hp_vector16 a, b;
   hp_vector8 c, d;
@@ -49,7 +52,8 @@ static inline float hp_sum_lanes(const float *lane) {
 }
 #define HP_SUM(sum, n, term)                                                          \
   do {                                                                                \
-    float lane_[HP_LANES] = {0};                                                      \
+    float lane_[HP_LANES];                                                            \
+    HP_CLEAR(lane_);                                                                  \
     int64_t first_ = 0;                                                               \
     for (; first_ + HP_LANES <= (n); first_ += HP_LANES)                              \
       for (int64_t l_ = 0; l_ < HP_LANES; l_++) {                                     \
@@ -72,7 +76,8 @@ static inline int64_t hp_column_slab(int64_t c) {
 #define HP_COLUMN_SUM(dst, i0, i1, j0, j1, term)                                      \
   do {                                                                                \
     for (int64_t first_ = (j0); first_ < (j1); first_ += HP_LANES) {                  \
-      float sum_[HP_LANES] = {0};                                                     \
+      float sum_[HP_LANES];                                                           \
+      HP_CLEAR(sum_);                                                                 \
       if ((j1) - first_ >= HP_LANES) {                                                \
         for (int64_t i = (i0); i < (i1); i++)                                         \
           for (int64_t l_ = 0; l_ < HP_LANES; l_++) {                                 \
