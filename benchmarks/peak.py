@@ -33,12 +33,15 @@ class Peak(NamedTuple):
     rates: dict[str, float]
 
 
+def openblas_settings() -> dict[str, str]:
+    """The environment OpenBLAS is loaded in: it may take a new processor that has AVX-512 for a Haswell."""
+    wide = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= cpu_flags()
+    return {"OPENBLAS_NUM_THREADS": "1"} | ({"OPENBLAS_CORETYPE": "SkylakeX"} if wide else {})
+
+
 def openblas(threads: int) -> Callable[[float], float]:
     """A product of two 2048 x 2048 matrices by scipy-openblas32's own threads: seconds to spend -> FLOP/s."""
-    # It may not know a new processor: without this it takes one that has AVX-512 for a Haswell.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    if {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= cpu_flags():
-        os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
+    os.environ.update(openblas_settings() | os.environ)
     import scipy_openblas32
 
     blas = ctypes.CDLL(str(Path(scipy_openblas32.get_lib_dir()) / "libscipy_openblas.so"))

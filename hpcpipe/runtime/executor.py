@@ -133,6 +133,8 @@ class Executor:
         bound: Bound,
     ) -> Callable[[], None]:
         kind, stage, slot = instruction.kind, instruction.stage, instruction.slot
+        if kind in PASSES and not self.stages[stage].recording.passes[kind]:  # what it would do, B has done
+            return lambda: None
         if kind in PASSES:
             bases, arena, work = self.bases(instruction), self.arena, self.memory.work
             parts = self.pieces[stage, kind] if channels else [self.passes[stage, kind]]
