@@ -1,8 +1,10 @@
-/* product.h: c = op(a) op(b) + what it starts from, in float32 by a team, after Goto & van de Geijn 2008 (doi:10.1145/1356052.1356053).
+/* product.h: c = op(a) op(b) + what it starts from, in float32 by a team, after Goto & van de Geijn 2008
+ * (doi:10.1145/1356052.1356053).
  *
  * Blocks of a, HP_DEEP deep, are copied by all threads into panels of HP_TALL rows; then strips of b's columns are
  * handed out, and whoever takes one copies it into panels of HP_WIDE columns and multiplies. The innermost loop holds
  * HP_TALL x HP_WIDE sums in registers and reads its operands one after the other, so that they are fetched in time.
+ * Where b has few columns, copying a takes longer than it saves, and its rows are read where they lie.
  * The trick: a sum's order is that of its depth, cut into blocks by the depth alone. So its bits depend on nothing
  * else: not on the number of threads, not on how many rows or columns are asked for at once, not on a library.
  */
@@ -25,7 +27,8 @@ enum {
   HP_DEEP = 768,          /* depth of a block: the deeper, the less often c is read and written again */
   HP_BLOCK = 120,         /* rows of a that stay in the second-level cache, a multiple of HP_TALL */
   HP_ROWS_AT_ONCE = 1032, /* rows of a that are copied at once, at most, likewise */
-  HP_STRIP = 96           /* columns of b that one thread copies at once, at most; a multiple of HP_WIDE */
+  HP_STRIP = 96,          /* columns of b that one thread copies at once, at most; a multiple of HP_WIDE */
+  HP_FEW = 4 * HP_STRIP   /* columns of b up to which rows of a are read where they lie: measured, see benchmarks */
 };
 typedef float hp_vec __attribute__((vector_size(4 * HP_VECTOR), aligned(4), may_alias));
 #if defined(__clang__)
@@ -44,8 +47,8 @@ typedef struct { const float *x; int64_t ld; int transposed; } hp_matrix;
 /* The compiler may not load the next row's number before this one's products: it would run out of registers. */
 #define HP_IN_ORDER() __asm__ volatile("" ::: "memory")
 
-/* c[m, n] = alpha a b + from + bias, where a(i, p) = a[i ai + p ap] and row p of b begins at b + p bp. `from` lies like c,
- * and may be c; NULL for none. Reads `tall` rows of a and HP_WIDE columns of b whatever m and n are. Made for each kind
+/* c[m, n] = alpha a b + from + bias, where a(i, p) = a[i ai + p ap] and row p of b begins at b + p bp. `from` lies like
+ * c, and may be c; NULL for none. Reads `tall` rows of a and HP_WIDE columns of b whatever m and n are. Made for each kind
  * of operands by giving constants: `tall`, strides. */
 static inline __attribute__((always_inline)) void hp_tile_of(const int tall, float *c, int64_t ldc, const float *a,
     int64_t ai, int64_t ap, const float *b, int64_t bp, int64_t k, int64_t m, int64_t n, float alpha,
@@ -93,6 +96,12 @@ static inline __attribute__((always_inline)) void hp_tile_of(const int tall, flo
 static __attribute__((noinline, unused)) void hp_tile(float *c, int64_t ldc, const float *a, const float *b, int64_t k,
     int64_t m, int64_t n, const float *from, const float *bias) {
   hp_tile_of(HP_TALL, c, ldc, a, 1, HP_TALL, b, HP_WIDE, k, m, n, 1.0f, from, bias);
+}
+
+/* HP_TALL rows of a where they lie, b in a panel. */
+static __attribute__((noinline, unused)) void hp_tile_rows(float *c, int64_t ldc, const float *a, int64_t lda,
+    const float *b, int64_t k, int64_t n, const float *from, const float *bias) {
+  hp_tile_of(HP_TALL, c, ldc, a, lda, 1, b, HP_WIDE, k, HP_TALL, n, 1.0f, from, bias);
 }
 
 /* Four rows of four numbers change places with their columns: to[j w + i] = x[i ld + j]. */
@@ -165,6 +174,22 @@ static inline void hp_strip(float *c, int64_t ldc, const float *a, const float *
             from ? from + i * ldc + j : NULL, bias ? bias + j : NULL);
 }
 
+/* The same with the rows of a where they lie, `lda` apart; rows that do not fill a tile are copied to `last`. */
+static inline void hp_strip_rows(float *c, int64_t ldc, const float *a, int64_t lda, const float *b, float *last,
+    int64_t i0, int64_t i1, int64_t j0, int64_t j1, int64_t k, const float *from, const float *bias) {
+  const int64_t whole = i0 + (i1 - i0) / HP_TALL * HP_TALL;
+  for (int64_t first = i0; first < whole; first += HP_BLOCK)
+    for (int64_t j = j0; j < j1; j += HP_WIDE)
+      for (int64_t i = first; i < HP_MIN(whole, first + HP_BLOCK); i += HP_TALL)
+        hp_tile_rows(c + i * ldc + j, ldc, a + i * lda, lda, b + (j - j0) * k, k, HP_MIN(HP_WIDE, j1 - j),
+            from ? from + i * ldc + j : NULL, bias ? bias + j : NULL);
+  if (whole == i1) return;
+  hp_across(last, a + whole * lda, lda, k, i1 - whole, HP_TALL);
+  for (int64_t j = j0; j < j1; j += HP_WIDE)
+    hp_tile(c + whole * ldc + j, ldc, last, b + (j - j0) * k, k, i1 - whole, HP_MIN(HP_WIDE, j1 - j),
+        from ? from + whole * ldc + j : NULL, bias ? bias + j : NULL);
+}
+
 /* n things in parts of equal size, a multiple of `unit`, at least `count` parts of them if there are enough. */
 static inline int64_t hp_share(int64_t n, int64_t count, int64_t unit) {
   return HP_MAX(1, (n + count * unit - 1) / (count * unit)) * unit;
@@ -173,6 +198,7 @@ static inline int64_t hp_share(int64_t n, int64_t count, int64_t unit) {
 /* c[m, n] = from + bias + a[m, k] b[k, n]; `from` lies like c and may be c. Both may be absent. */
 static inline void hp_product(float *c, int64_t ldc, hp_matrix a, hp_matrix b, int64_t m, int64_t n, int64_t k,
     const float *from, const float *bias, void *work) {
+  const int in_place = n <= HP_FEW && !a.transposed;
   const int64_t deep = hp_share(k, (k + HP_DEEP - 1) / HP_DEEP, 1);
   const int64_t tall = hp_share(m, (m + HP_ROWS_AT_ONCE - 1) / HP_ROWS_AT_ONCE, HP_TALL);
 #pragma omp parallel if ((double)m * (double)n * (double)k > 262144)
@@ -181,22 +207,31 @@ static inline void hp_product(float *c, int64_t ldc, hp_matrix a, hp_matrix b, i
     const int64_t wide = hp_share(n, (n + HP_STRIP - 1) / HP_STRIP, HP_WIDE), strips = (n + wide - 1) / wide;
     const int64_t part = hp_share(tall, omp_get_num_threads() > 1 ? (turns + strips - 1) / strips : 1, HP_TALL);
     const int64_t parts = (tall + part - 1) / part;
-    float *shared = work, *own = shared + tall * deep + omp_get_thread_num() * wide * deep;
+    float *shared = work, *own = shared + omp_get_thread_num() * (wide + HP_TALL * in_place) * deep;
+    if (!in_place) own += tall * deep;
     for (int64_t i0 = 0; i0 < m; i0 += tall)
       for (int64_t p = 0; p < k; p += deep) {
         const int64_t rows = HP_MIN(tall, m - i0), d = HP_MIN(deep, k - p);
+        /* The first block of depth begins, the others go on. */
+        const float *start = p > 0 ? c + i0 * ldc : from ? from + i0 * ldc : NULL, *bottom = p > 0 ? NULL : bias;
         int64_t mine = -1; /* the strip of b in `own` */
+        if (!in_place) {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows; i += 8 * HP_TALL)
-          hp_panels_a(shared + i * d, a, i0 + i, p, d, HP_MIN(8 * HP_TALL, rows - i));
+          for (int64_t i = 0; i < rows; i += 8 * HP_TALL)
+            hp_panels_a(shared + i * d, a, i0 + i, p, d, HP_MIN(8 * HP_TALL, rows - i));
+        }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < strips * parts; task++) {
           const int64_t j0 = task / parts * wide, j1 = HP_MIN(n, j0 + wide), r0 = task % parts * part;
+          const int64_t r1 = HP_MIN(rows, r0 + part);
+          if (r0 >= r1) continue;
           if (mine != j0) hp_panels_b(own, b, j0, p, d, j1 - j0);
           mine = j0;
-          const float *start = p > 0 ? c : from; /* the first block of depth begins, the others go on */
-          hp_strip(c + i0 * ldc, ldc, shared, own, r0, HP_MIN(rows, r0 + part), j0, j1, d,
-              start ? start + i0 * ldc : NULL, p > 0 ? NULL : bias);
+          if (in_place)
+            hp_strip_rows(c + i0 * ldc, ldc, a.x + i0 * a.ld + p, a.ld, own, own + wide * d, r0, r1, j0, j1, d, start,
+                bottom);
+          else
+            hp_strip(c + i0 * ldc, ldc, shared, own, r0, r1, j0, j1, d, start, bottom);
         }
       }
   }
