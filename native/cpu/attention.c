@@ -8,8 +8,8 @@
  * Moves 4 n (h + 2k) d bytes in and 4 n h d out (fwd), about three times that (dx); the t x t matrix never exists: a
  * thread holds one (fwd) or two (dx) blocks of HP_QUERIES x t in `work`, and the keys of a head as panels.
  * The tricks: tiles of six queries by a vector or two of keys are the unit of all five products, so that nothing beyond
- * them is computed in the masked half; what is multiplied is copied into panels first, unless it is short and lies well.
- * dx takes the query blocks from the last to the first: the last one reaches every key, so it writes dk and dv and all
+ * them is computed in the masked half; what is multiplied is copied into panels, unless it is short and lies well. dx
+ * takes the query blocks from the last to the first: the last one reaches every key, so it writes dk and dv and all
  * others add to them: no clearing, and one fixed order, since one thread owns a key/value head.
  */
 #include "product.h"

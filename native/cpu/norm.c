@@ -4,8 +4,8 @@
  *              dx = rstd (g - mean(g) - u mean(g u)) + z;   dw += sum over n of dy u;   db += sum over n of dy
  *   rmsnorm:   u = x rstd,          y = u w,     rstd = 1/sqrt(mean(x^2) + eps)
  *              dx = rstd (g - u mean(g u)) + z;             dw += sum over n of dy u
- * z is the gradient that comes around the layer, and may be absent. fwd and dx write, dw accumulates. Moves 8 n c bytes (fwd), 12 n c (dx), 8 n c (dw): a row is read from memory once
- * and found in cache by the later loops over it.
+ * z is the gradient that comes around the layer, and may be absent. fwd and dx write, dw accumulates. Moves 8 n c bytes
+ * (fwd), 12 n c (dx), 8 n c (dw): a row is read from memory once and found in cache by the later loops over it.
  * The trick: u is never stored; dx and dw rebuild it from x and one or two numbers a row. dw is shared by columns.
  */
 #include "team.h"

@@ -48,8 +48,8 @@ typedef struct { const float *x; int64_t ld; int transposed; } hp_matrix;
 #define HP_IN_ORDER() __asm__ volatile("" ::: "memory")
 
 /* c[m, n] = alpha a b + from + bias, where a(i, p) = a[i ai + p ap] and row p of b begins at b + p bp. `from` lies like
- * c, and may be c; NULL for none. Reads `tall` rows of a and HP_WIDE columns of b whatever m and n are. Made for each kind
- * of operands by giving constants: `tall`, strides. */
+ * c, and may be c; NULL for none. Reads `tall` rows of a and HP_WIDE columns of b whatever m and n are. Made for each
+ * kind of operands by giving constants: `tall`, strides. */
 static inline __attribute__((always_inline)) void hp_tile_of(const int tall, float *c, int64_t ldc, const float *a,
     int64_t ai, int64_t ap, const float *b, int64_t bp, int64_t k, int64_t m, int64_t n, float alpha,
     const float *from, const float *bias) {
