@@ -58,6 +58,10 @@ class TrainConfig:
     recompute: str = value(
         "none", "activations computed again for the backward pass: none or block", one_of=("none", "block")
     )
+    activations: str = value(
+        "float32", "how they wait for the backward pass: float32, or bfloat16 in half the bytes",
+        one_of=("float32", "bfloat16"),
+    )  # fmt: skip
     log_every: int = value(10, "steps between lines of progress", least=1, result=False)
 
 

@@ -33,7 +33,7 @@ class Rig:
     ) -> None:
         self.backend = ReferenceBackend("float64") if backend is None else backend
         self.recording = change(record(layer, x_shape))
-        sizes = {"r": self.backend.real, "i": 4, "l": 8, "d": 8}
+        sizes = {"r": self.backend.real, "h": 2, "i": 4, "l": 8, "d": 8}
         self.offsets: dict[int, int] = {}
         self.gaps: list[tuple[int, int]] = []
         top = 0

@@ -39,8 +39,11 @@ class Backend(Protocol):
         """FLOP/s of float32 matrix products on this device, measured now for about ``seconds``."""
 
 
-def open_backend(name: str, threads: int) -> Backend:
-    """The backend of a config's ``device.backend``; UserError where its library is missing or does not fit."""
+def open_backend(name: str, threads: int, alone: bool = False) -> Backend:
+    """The backend of a config's ``device.backend``; UserError where its library is missing or does not fit.
+
+    ``alone``: the cores of this process are its own, one for each thread.
+    """
     if name == "reference":
         from hpcpipe.backends.reference import ReferenceBackend
 
@@ -48,6 +51,6 @@ def open_backend(name: str, threads: int) -> Backend:
     from hpcpipe.backends.cpu import CpuBackend
 
     try:
-        return CpuBackend(threads)
+        return CpuBackend(threads, alone=alone)
     except RuntimeError as error:
         raise UserError(f"device.backend: {error}") from None

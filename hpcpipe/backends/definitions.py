@@ -274,6 +274,19 @@ def linearcrossentropy_fwd(
     dw += scores.T @ x
 
 
+def narrow(y: Array, x: Array) -> None:
+    """x to the nearest bfloat16 (the upper half of a float32), ties to even; y are its bits, uint16."""
+    bits = x.astype(np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16
+    y[...] = np.where(np.isnan(x), bits >> 16 | 0x40, rounded)
+    widen(x, y)
+
+
+def widen(y: Array, x: Array) -> None:
+    """The numbers whose bits as bfloat16 are x."""
+    y[...] = (x.astype(np.uint32) << 16).view(np.float32)
+
+
 def accumulate(acc: Array, x: Array) -> None:
     """acc += x."""
     acc += x
@@ -329,7 +342,7 @@ FUNCTIONS: dict[str, Callable[..., None]] = {
     for f in (
         linear_fwd, linear_dx, linear_dw, embedding_fwd, embedding_dw, position_fwd, position_dw, layernorm_fwd,
         layernorm_dx, layernorm_dw, rmsnorm_fwd, rmsnorm_dx, rmsnorm_dw, gelu_fwd, gelu_dx, swiglu_fwd, swiglu_dx,
-        rope_fwd, rope_dx, attention_fwd, attention_dx, add_fwd, dropout_fwd, linearcrossentropy_fwd, accumulate,
-        sumsq, adamw_step, adamw_try, adamw_keep,
+        rope_fwd, rope_dx, attention_fwd, attention_dx, add_fwd, dropout_fwd, linearcrossentropy_fwd, narrow, widen,
+        accumulate, sumsq, adamw_step, adamw_try, adamw_keep,
     )
 }  # fmt: skip

@@ -14,11 +14,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-# Element types: "r" is the backend's real type (float32, or float64 in the reference), the others are fixed.
-C_TYPES = {"r": "float", "i": "int32_t", "l": "int64_t", "d": "double"}
-SIZES = {"r": 4, "i": 4, "l": 8, "d": 8}
+# Element types: "r" is the backend's real type (float32, or float64 in the reference), the others are fixed; "h" is the
+# upper half of a float32, a bfloat16.
+C_TYPES = {"r": "float", "h": "uint16_t", "i": "int32_t", "l": "int64_t", "d": "double"}
+SIZES = {"r": 4, "h": 2, "i": 4, "l": 8, "d": 8}
 
-_ARG = re.compile(r"(?P<name>\w+)(?::(?P<type>[ild]))?(?P<mark>[+~])?(?P<optional>\?)?\[(?P<shape>[^\]]*)\]")
+_ARG = re.compile(r"(?P<name>\w+)(?::(?P<type>[hild]))?(?P<mark>[+~])?(?P<optional>\?)?\[(?P<shape>[^\]]*)\]")
 _ROLES = {"+": "inout", "~": "scratch"}
 
 
@@ -140,6 +141,9 @@ TABLE: tuple[Kernel, ...] = (
     _row("linearcrossentropy_fwd", "loss:d[1] nll[n] dx[n,c] logits~[r,v]",
          "dw+[v,c] x[n,c] w[v,c] targets:i[n] key:l[4]", "n v c", "6*n*v*c + 6*n*v", ints="r", reals="scale",
          work=f"max({_product('r', 'c')}, {_product('r', 'v')}, {_product('v', 'r')})"),
+    # x is rounded to bfloat16, where it is and in half the bytes;  y is what those mean
+    _row("narrow", "y:h[n,c]", "x+[n,c]", "n c", "0"),
+    _row("widen", "y[n,c]", "x:h[n,c]", "n c", "0"),
     # acc += x;  s = Σ x² in float64, blocks of a fixed size, so that no thread count changes a bit
     _row("accumulate", "", "acc+[n] x[n]", "n", "n"),
     _row("sumsq", "s:d[1]", "x[n]", "n", "2*n"),

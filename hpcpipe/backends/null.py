@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import count
 from typing import Any, Literal, NamedTuple
 
 from hpcpipe.backends.kernels import BY_NAME, Kernel, bind, nbytes, shape_of
@@ -20,7 +21,7 @@ PASSES: tuple[Pass, ...] = ("F", "B", "W")
 
 
 class Tensor(NamedTuple):
-    """A numbered shape. ``type`` is r (the backend's real type), i (int32), l (int64) or d (float64)."""
+    """A numbered shape. ``type`` is r (the backend's real type), h (bfloat16), i (int32), l (int64) or d (float64)."""
 
     id: int
     shape: tuple[int, ...]
@@ -220,3 +221,41 @@ def together(recording: Recording) -> Recording:
         ready[1 + max((made.get(t.id, -1) for t in call.buffers if t is not None), default=-1)].append(call)
     both = [*ready[0], *(c for call, after in zip(first, ready[1:], strict=True) for c in (call, *after))]
     return replace(recording, passes={"F": recording.passes["F"], "B": tuple(both), "W": ()})
+
+
+def halved(recording: Recording) -> Recording:
+    """What F makes for B and W kept as bfloat16: rounded where it is made, so that all read the same numbers.
+
+    For matrices, the stage's input among them; a row's statistics, which exponents are taken of, and gradients stay as
+    they are. A decision about one tensor looks at nothing but its own call, so every layout rounds the same.
+    """
+    fixed = {t.id for group in (recording.params, recording.grads, recording.inputs) for t in group.values()}
+    fixed |= {t.id for t in (recording.y, recording.dy, recording.dx) if t is not None}
+    made = {} if recording.x is None else {recording.x.id: (-1, recording.x)}  # tensor -> its last writer in F
+    for i, call in enumerate(recording.passes["F"]):
+        for t, arg in zip(call.buffers, call.row.buffers, strict=True):
+            if t is not None and (t.id in made or (arg.name, arg.role) == ("y", "out")) and arg.role != "in":
+                made[t.id] = (i, t)
+    later = {t.id for name in ("B", "W") for c in recording.passes[name] for t in c.buffers if t is not None}
+    kept = {i: t for i, (_, t) in made.items() if i in later - fixed and len(t.shape) == 2}
+    ids = count(1 + max(max(recording.lifetimes), *fixed))
+    half = {i: Tensor(next(ids), t.shape, "h") for i, t in kept.items()}
+    after: dict[int, list[Call]] = {}
+    for i, t in kept.items():
+        after.setdefault(made[i][0], []).append(Call("narrow", (half[i], t), t.shape, ()))
+    F = [*after.get(-1, [])]
+    for i, call in enumerate(recording.passes["F"]):
+        F += [call, *after.get(i, [])]
+    passes = {"F": tuple(F)}
+    for name in ("B", "W"):
+        whole: dict[int, Tensor] = {}
+        calls: list[Call] = []
+        for call in recording.passes[name]:
+            for t in call.buffers:
+                if t is not None and t.id in kept and t.id not in whole:
+                    whole[t.id] = Tensor(next(ids), t.shape)
+                    calls.append(Call("widen", (whole[t.id], half[t.id]), t.shape, ()))
+            buffers = tuple(None if t is None else whole.get(t.id, t) for t in call.buffers)
+            calls.append(call._replace(buffers=buffers))
+        passes[name] = tuple(calls)
+    return replace(recording, passes=passes)

@@ -16,7 +16,7 @@ from math import inf, prod
 from typing import Any
 
 from hpcpipe import model
-from hpcpipe.backends.null import Recording, record, together
+from hpcpipe.backends.null import Recording
 from hpcpipe.config import Config, UserError, grid, microbatches, to_toml
 from hpcpipe.planner import schedules, slots
 from hpcpipe.planner.costs import CORE, Cost, Device, price
@@ -46,10 +46,11 @@ class StagePlan:
     recording: Recording
     cost: Cost
 
-    def together(self) -> StagePlan:
+    def together(self, config: Config) -> StagePlan:
         """The stage with its W done within its B."""
-        F, B, W = self.cost
-        return replace(self, recording=together(self.recording), cost=Cost(F, B + W, 0.0))
+        (F, B, W), x = self.cost, self.recording.x
+        recording = slots.recorded(config, self.layer, x.shape if x else None, merged=True)
+        return replace(self, recording=recording, cost=Cost(F, B + W, 0.0))
 
     def held(self, real: int) -> int:
         """Bytes that one microbatch holds from its F to its W."""
@@ -195,7 +196,7 @@ def _plan(
             spare[rank] -= part.state(real)
         schedule = schedules.build(config.pipeline, shape, micros, costs, held, spare, closely)
         merged = _merged(schedule)
-        parts = tuple(part.together() if i in merged else part for i, part in enumerate(parts))
+        parts = tuple(part.together(config) if i in merged else part for i, part in enumerate(parts))
         timeline = replay(schedule, _costs([part.cost for part in parts] * shape.chains, message))
         early = config.optimizer.early
         if early is None:
@@ -301,7 +302,7 @@ def _stages(
     )  # fmt: skip
     parts = []
     for i, layer in enumerate(model.cut(whole, edges)):
-        recording = record(layer, slots.activation(config) if i else None)
+        recording = slots.recorded(config, layer, slots.activation(config) if i else None)
         mine = tuple(names[edges[i] : edges[i + 1]])
         cost = _sum(found[slots.kind(name)] for name in mine) if prices else price(recording, device)
         parts.append(StagePlan(mine, layer, recording, cost))

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hpcpipe import model
-from hpcpipe.backends.null import Recording, record
+from hpcpipe.backends.null import Recording, halved, record, together
 from hpcpipe.config import Config
 from hpcpipe.planner.costs import Cost, Device, price
 from hpcpipe.runtime.arena import size_of
@@ -60,8 +60,15 @@ def alone(config: Config, whole: Any) -> dict[str, Slot]:
         if kind(name) not in found:
             edges = [edge for edge in (0, i, i + 1, len(names)) if edge in (i, i + 1) or 0 < i < len(names) - 1]
             layer = model.cut(whole, sorted({0, *edges, len(names)}))[min(i, 1)]
-            found[kind(name)] = Slot(layer, record(layer, shape if i else None))
+            found[kind(name)] = Slot(layer, recorded(config, layer, shape if i else None))
     return found
+
+
+def recorded(config: Config, layer: Any, shape: tuple[int, ...] | None, merged: bool = False) -> Recording:
+    """A stage as it will run: ``shape`` of what enters it, None for the loader's; ``merged`` does W within B."""
+    recording = record(layer, shape)
+    recording = together(recording) if merged else recording
+    return halved(recording) if config.train.activations == "bfloat16" else recording
 
 
 def activation(config: Config) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hpcpipe.backends.kernels import evaluate
+from hpcpipe.backends.kernels import SIZES, evaluate
 from hpcpipe.backends.null import PASSES, Call, Recording, Tensor
 from hpcpipe.schedule.op import Kind
 from hpcpipe.schedule.program import POOLS, Lifetimes
@@ -33,7 +33,7 @@ def align(n: int, to: int = ALIGN) -> int:
 
 def size_of(tensor: Tensor, real: int) -> int:
     """Bytes of a tensor, padded to the alignment."""
-    return align(math.prod(tensor.shape) * {"r": real, "i": 4, "l": 8, "d": 8}[tensor.type])
+    return align(math.prod(tensor.shape) * {**SIZES, "r": real}[tensor.type])
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@
  *   swiglu:  x = [gate | up]:  y = gate s up, s = sigmoid(gate);   dgate = dy up s (1 + gate (1 - s)), dup = dy gate s,
  *            y again
  *   add:     y = a + b
+ *   narrow:  y = the upper 16 bits of x, rounded, and x what they mean;      widen: y = what 16 bits mean
  *   dropout: y = x keep / (1 - p), keep from a counter-based hash;   on == 0 copies
- * All write. Moves 8 n c bytes (gelu_fwd, dropout), 12 n c (add), 16 n c (gelu_dx), 12 n f (swiglu_fwd), 24 n f
- * (swiglu_dx).
+ * All write. Moves 8 n c bytes (gelu_fwd, dropout), 12 n c (add), 16 n c (gelu_dx), 10 n c (narrow), 6 n c
+ * (widen), 12 n f (swiglu_fwd), 24 n f (swiglu_dx).
  * The trick: exp is a polynomial in plain arithmetic (formula.h), so the compiler turns these loops into vector code
  * and memory is the limit. swiglu jumps between gate and up, which loses the processor's own prefetching: it asks for
  * the next token's lines itself.
@@ -61,6 +62,14 @@ void hp_swiglu_dx(float *dx, float *y, const float *dy, const float *x, int64_t 
 
 void hp_add_fwd(float *y, const float *a, const float *b, int64_t n, int64_t c) {
   HP_EACH_ELEMENT(n * c, y[e] = a[e] + b[e];);
+}
+
+void hp_narrow(uint16_t *y, float *x, int64_t n, int64_t c) {
+  HP_EACH_ELEMENT(n * c, y[e] = hp_bfloat16_of(x[e]); x[e] = hp_float_of_bfloat16(y[e]););
+}
+
+void hp_widen(float *y, const uint16_t *x, int64_t n, int64_t c) {
+  HP_EACH_ELEMENT(n * c, y[e] = hp_float_of_bfloat16(x[e]););
 }
 
 void hp_dropout_fwd(float *y, const float *x, const int64_t *key, int64_t n, int64_t c, int64_t salt, float p) {

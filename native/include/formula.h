@@ -29,6 +29,15 @@ HP_FN int32_t hp_bits_of(float value) {
   return bits;
 }
 
+/* The upper 16 bits of a float32, rounded to nearest even: a bfloat16. A NaN stays one. */
+HP_FN uint16_t hp_bfloat16_of(float value) {
+  const uint32_t bits = (uint32_t)hp_bits_of(value);
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40u : rounded);
+}
+
+HP_FN float hp_float_of_bfloat16(uint16_t half) { return hp_float_of((int32_t)((uint32_t)half << 16)); }
+
 /* exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2, the polynomial of Cephes' expf; within 2 ulp.
  * Below -87.33 it is 0 (the result would be subnormal), above 88.37 infinite. */
 HP_FN float hp_exp(float x) {

@@ -67,6 +67,8 @@ void hp_dropout_fwd(float *y, const float *x, const int64_t *key, int64_t n, int
 void hp_linearcrossentropy_fwd(double *loss, float *nll, float *dx, float *logits, float *dw, const float *x, const
     float *w, const int32_t *targets, const int64_t *key, int64_t n, int64_t v, int64_t c, int64_t r, float scale, void
     *work);
+void hp_narrow(uint16_t *y, float *x, int64_t n, int64_t c);
+void hp_widen(float *y, const uint16_t *x, int64_t n, int64_t c);
 void hp_accumulate(float *acc, const float *x, int64_t n);
 void hp_sumsq(double *s, const float *x, int64_t n);
 void hp_adamw_step(float *p, float *g, float *m, float *v, const double *hyper, int64_t n, float decay);

@@ -60,6 +60,8 @@ FAMILIES: dict[str, list[Env]] = {
                (301, 777, 40, 128), (130, 1100, 800, 65), scale=0.125, on=1),
         *_rows("n v c r", (33, 2, 5, 33), (301, 777, 40, 128), scale=0.125, on=0),
     ],
+    "narrow": _MATRIX,
+    "widen": _MATRIX,
     "accumulate": _rows("n", (1,), (37,), (2049,), (100003,)),
     "sumsq": _rows("n", (1,), (37,), (2049,), (100003,), (1200007,)),
     "adamw": [{"n": n, "decay": decay, "hyper": h} for n, decay in ((1, 0.1), (37, 0.0), (2049, 0.1), (100003, 0.1))
@@ -90,6 +92,8 @@ def inputs_of(name: str, env: Env, rng: np.random.Generator) -> dict[str, Array 
             values[a.name] = rng.integers(0, env["v"], size=shape, dtype=np.int32)
         elif a.name == "key":
             values[a.name] = np.array([rng.integers(-(2**63), 2**63 - 1), 12, -7, env["on"]], dtype=np.int64)
+        elif a.type == "h":
+            values[a.name] = (rng.standard_normal(shape).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
         elif a.name == "hyper":
             values[a.name] = np.array(HYPER[env["hyper"]], dtype=np.float64)
         else:

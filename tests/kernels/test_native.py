@@ -224,6 +224,19 @@ def test_numbers_outside_the_vocabulary_become_nan(level: str) -> None:
     assert np.isnan(found["loss"][0])
 
 
+def test_halves_are_the_nearest_and_nothing_is_lost_at_the_edges(level: str) -> None:
+    one = np.float32(1)
+    exact = [0.0, -0.0, 1.0, -2.5, np.inf, -np.inf, 1.1754944e-38, 3.3895314e38]
+    ties = [one + one * 2**-8, one + one * 3 * 2**-8, one + one * 2**-8 + one * 2**-23, 3.4e38]
+    x = np.array([[*exact, *ties, np.nan]], np.float32)
+    found = execute(CpuBackend(1, level), "narrow", {"n": 1, "c": x.size}, {"x": x})
+    want = [*exact, 1.0, 1 + 2**-6, 1 + 2**-7, np.inf, np.nan]
+    np.testing.assert_array_equal(found["x"][0], np.array(want, np.float32))
+    assert np.signbit(found["x"][0, 1])
+    again = execute(CpuBackend(1, level), "widen", {"n": 1, "c": x.size}, {"x": found["y"]})
+    assert again["y"].tobytes() == found["x"].tobytes()
+
+
 @pytest.mark.parametrize("name", ["gelu_fwd", "gelu_dx", "swiglu_fwd", "swiglu_dx"])
 def test_activations_over_the_whole_range(level: str, name: str) -> None:
     size = 20001

@@ -53,7 +53,7 @@ def laid(p: Plan) -> Iterator[tuple[Recording, Layout, Parameters]]:
 
 
 def extent(tensor: Tensor, real: int = 4) -> int:
-    return math.prod(tensor.shape) * {"r": real, "i": 4, "l": 8, "d": 8}[tensor.type]
+    return math.prod(tensor.shape) * {"r": real, "h": 2, "i": 4, "l": 8, "d": 8}[tensor.type]
 
 
 def spans_of(calls: tuple[Call, ...]) -> dict[Tensor, tuple[int, int]]:

@@ -11,7 +11,7 @@ import pytest
 
 from hpcpipe import model
 from hpcpipe.backends.backend import open_backend
-from hpcpipe.backends.null import record, together
+from hpcpipe.backends.null import halved, record, together
 from hpcpipe.config import ModelConfig, UserError
 from hpcpipe.layers.attention import Attention
 from hpcpipe.layers.combinators import Chain, Recompute, Residual
@@ -190,6 +190,32 @@ def test_b_and_w_together_give_the_same_bits_and_owe_nothing(family: str) -> Non
     spans = set(one.recording.lifetimes.values())
     assert one.recording.passes["W"] == () and spans == {("F", "F"), ("F", "B"), ("B", "B")}
     assert one.recording.flops("B") == apart.recording.flops("B") + apart.recording.flops("W")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_halved_activations_take_half_the_room_and_cost_three_digits(family: str) -> None:
+    m = replace(TINY[family], dropout=0.2)
+    plain, half = model_rig(m).clear().run(), model_rig(m, halved).clear().run()
+    np.testing.assert_allclose(half["y"], plain["y"], rtol=5e-3)
+    for name in plain.recording.params:
+        size = np.abs(plain.grad(name)).max()
+        np.testing.assert_allclose(half.grad(name) / size, plain.grad(name) / size, atol=0.05)
+
+    def waiting(rig: Rig) -> list[Any]:
+        r = rig.recording
+        spans = r.lifetimes
+        every = {t.id: t for calls in r.passes.values() for c in calls for t in c.buffers if t is not None}
+        given = {t.id for group in (r.params, r.grads, r.inputs) for t in group.values()}
+        return [t for i, t in every.items() if spans[i][0] == "F" and spans[i][1] != "F" and i not in given]
+
+    before, after = waiting(plain), waiting(half)
+    wide = [t for t in before if t.type == "r" and t.shape[-1:] != (m.heads,) and len(t.shape) == 2]
+    # what the loss hands to the norm before it is a gradient
+    assert len([t for t in after if t.type == "h"]) == len(wide) - 1
+    assert {t.type for t in after if len(t.shape) == 2 and t.shape[1] > m.heads and t.type != "h"} == {"r"}
+    one = model_rig(m, lambda r: halved(together(r))).clear().run("F", "B")
+    for name in half.recording.params:
+        np.testing.assert_array_equal(one.grad(name), half.grad(name))
 
 
 # --- the ends of a model

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hpcpipe import train
@@ -336,6 +337,28 @@ def test_recompute_changes_no_bit(data: Path, tmp_path: Path) -> None:
     plain = run(data, tmp_path / "plain", 1, "llama", train__steps=5)
     again = run(data, tmp_path / "again", 1, "llama", train__steps=5, train__recompute="block")
     assert plain.losses == again.losses and plain.tensors == again.tensors
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [(1, {"pipeline__schedule": "gpipe"}), (2, {}), (2, {"pipeline__schedule": "zb_v"}), (4, {})],
+)
+def test_activations_in_half_the_bytes_have_the_same_bits_on_every_layout(
+    data: Path, tmp_path: Path, ranks: int, settings: dict[str, object]
+) -> None:
+    kept = {"train__activations": "bfloat16", "train__steps": 5}
+    one = run(data, tmp_path / "one", 1, "gpt2", **kept)
+    many = run(data, tmp_path / "many", ranks, "gpt2", **kept, **settings)
+    assert many.losses == one.losses and many.tensors == one.tensors
+
+
+def test_activations_in_half_the_bytes_learn_as_well(data: Path, tmp_path: Path) -> None:
+    whole, half = (
+        run(data, tmp_path / kind, 1, "llama", train__steps=40, train__activations=kind).losses
+        for kind in ("float32", "bfloat16")
+    )
+    assert whole != half and whole[-1] < whole[0] - 0.5
+    np.testing.assert_allclose(half, whole, rtol=0.01)
 
 
 def test_validation_loss_is_the_same_on_every_layout(data: Path, tmp_path: Path) -> None:
