@@ -119,6 +119,7 @@ class CheckpointConfig:
 
     every: int = value(0, "steps between checkpoints; 0 = only at the end", least=0, result=False)
     keep: int = value(2, "newest checkpoints kept; 0 = all", least=0, result=False)
+    keep_every: int = value(0, "steps whose multiples are kept as well; 0 = none", least=0, result=False)
 
 
 @dataclass(frozen=True)

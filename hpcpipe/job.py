@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ import numpy as np
 from hpcpipe import measure, model, resume
 from hpcpipe.backends.backend import open_backend
 from hpcpipe.checkpoint.layout import KINDS
+from hpcpipe.checkpoint.lock import Lock
 from hpcpipe.comm import clock
 from hpcpipe.comm.link import Link
 from hpcpipe.config import Config, UserError, digest, grid
@@ -43,6 +44,9 @@ class Job:
     def __init__(self, config: Config, link: Link) -> None:
         self.link = link
         self.unsaved: str | None = None
+        # What saving has to say in a step: to be asked before an update, and whether this rank's share is written.
+        self.hold: Callable[[], None] = lambda: None
+        self.written: Callable[[], bool] = lambda: False
         threads = self._threads(config)
         self._prepare(config, threads)
         self._check_alike()
@@ -55,8 +59,10 @@ class Job:
         self.mates: dict[int, tuple[int, ...]] = {}  # of each of my stages that has copies, the ranks that hold them
         self.copies = self._copies()
         self.shift = clock.shift(link)
+        self.lock: Lock | None = None
         self._together(self._open_folder)
         self.resumed, self.warnings = resume.find(self.out, link)
+        self.warnings += [self.lock.warning] if self.lock and self.lock.warning else []
         self.step = self.resumed.step if self.resumed else 0
         self.loss = float(self.resumed.attributes["loss"]) if self.resumed else float("nan")
         self._together(self._allocate)
@@ -178,6 +184,7 @@ class Job:
             raise UserError(f"out and data.path are the same folder, {self.out}; give the run a folder of its own")
         try:
             self.out.mkdir(parents=True, exist_ok=True)
+            self.lock = Lock(self.out)
             (self.out / DONE).unlink(missing_ok=True)
             if tokenizer.is_file():
                 shutil.copyfile(tokenizer, self.out / TOKENIZER)
@@ -351,6 +358,8 @@ class Job:
             events = tuple(event for part in parts or [] for event in part)
             self._together(lambda: self._record(events, loss, stopped))
         self.watch.stop()
+        if self.lock is not None:
+            self.lock.release()
         if self.meeting is not None and self.link.rank == 0:
             self.meeting.remove()
 

@@ -1,40 +1,168 @@
-"""Saving a run's state: each rank of the first replica its share, then one commit that makes them a checkpoint."""
+"""Saving a run's state beside its steps: written from where it lies, while the next step computes.
+
+Parameters and moments change only at an update. So a save is a thread that writes them out of the arena, and an update
+that comes before it is done waits for it: nothing is copied, and where a step takes longer than a write nothing waits.
+Each rank of the first replica writes its share; when all have, rank 0 commits, which makes it a checkpoint, and only
+then is it called saved.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from threading import Thread
+from time import perf_counter
 
 from hpcpipe.checkpoint import write
-from hpcpipe.checkpoint.layout import KINDS
+from hpcpipe.checkpoint.layout import KINDS, ShardRecord
 from hpcpipe.config import UserError, to_toml
 from hpcpipe.job import Job
 
 
-def save(job: Job, step: int, loss: float) -> None:
-    """A checkpoint after ``step`` steps. Failing to write leaves the run and the last checkpoint as they are."""
-    folder, record, error = write.step_folder(job.out, step), None, None
-    what = f"the checkpoint of step {step}"
-    if job.replica == 0:
+class Saver:
+    """One save at a time: the next one waits for the last. All methods but ``hold`` are collective."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.pending: _Save | None = None
+        job.hold, job.written = self.hold, self._written
+
+    def save(self, step: int, loss: float) -> None:
+        """Begins to write the state after ``step`` steps. Failing leaves the run and the last checkpoint as they are."""
+        self.finish()
+        self.pending = _Save(self.job, step, loss)
+
+    def hold(self) -> None:
+        """Before a parameter or a moment changes: what is being written must be out."""
+        if self.pending is not None:
+            self.pending.hold()
+
+    def poll(self, written: int) -> None:
+        """After a step. ``written`` ranks have written their share, as all ranks know: when it is all, it is committed."""
+        if self.pending is not None and not self.pending.gathered and written == len(self.job.plan.ranks):
+            self.pending.gather()
+        if self.pending is not None and self.pending.over:
+            self.pending.tell()
+
+    def finish(self) -> None:
+        """Waits until the last save is a checkpoint, or is known not to be one."""
+        if self.pending is None:
+            return
+        if not self.pending.gathered:
+            self.pending.gather()
+        self.pending.end()
+        self.pending = None
+
+    def _written(self) -> bool:
+        return self.pending is not None and self.pending.written
+
+
+class _Save:
+    """One state on its way to the disk."""
+
+    def __init__(self, job: Job, step: int, loss: float) -> None:
+        self.job, self.folder = job, write.step_folder(job.out, step)
+        self.what = f"the checkpoint of step {step}"
+        self.attributes = _attributes(job, step, loss)
+        self.record: ShardRecord | None = None
+        self.error: str | None = None
+        self.gathered, self.told = False, False
+        self.waited, self.began = 0.0, perf_counter()  # seconds that steps have stood still for it, and its start
+        self.bytes = 0
+        self.committer: Thread | None = None
+        self.lines: list[str] = []
+        if job.link.rank == 0:
+            self.lines += write.make_room(job.out, _bytes(job))
+        self.writer = Thread(target=self._write, name="checkpoint", daemon=True) if job.replica == 0 else None
+        if self.writer:
+            self.writer.start()
+        self.waited = perf_counter() - self.began
+
+    # --- on every rank of the first replica
+
+    def _write(self) -> None:
         try:
-            record = write.write_shard(folder, job.place, _pieces(job))
+            self.record = write.write_shard(self.folder, self.job.place, list(_pieces(self.job)))
         except UserError as problem:
-            error = str(problem)
-    with job.where.waiting(what, patient=True):
-        found = job.link.gather((record, error))
-    if found is not None:
-        error, notes = next((e for _, e in found if e), None), []
+            self.error = str(problem)
+        except Exception as problem:  # in a thread nobody would hear of it
+            self.error = f"{self.what} failed: {type(problem).__name__}: {problem}"
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank's share is out, or has failed, and nobody has been told."""
+        return self.writer is not None and not self.gathered and not self.writer.is_alive()
+
+    def hold(self) -> None:
+        if self.writer is not None and self.writer.is_alive():
+            begin = perf_counter()
+            with self.job.where.waiting(f"{self.what} to be written here", patient=True):
+                self.writer.join()
+            self.waited += perf_counter() - begin
+
+    def gather(self) -> None:
+        """What all ranks have written comes to rank 0, which commits it beside the next steps."""
+        self.hold()
+        begin = perf_counter()
+        with self.job.where.waiting(self.what, patient=True):
+            found = self.job.link.gather((self.record, self.error, self.waited))
+        self.gathered = True
+        if found is not None:
+            self.error = next((error for _, error, _ in found if error), None)
+            self.waited = max(waited for *_, waited in found)
+            records = [record for record, *_ in found if record is not None]
+            self.bytes = sum(record["bytes"] for record in records)
+            self.committer = Thread(target=self._commit, args=(records,), name="commit", daemon=True)
+            self.committer.start()
+        self.waited += perf_counter() - begin
+
+    # --- on rank 0
+
+    def _commit(self, records: list[ShardRecord]) -> None:
+        keep = self.job.config.checkpoint
         try:
-            if error is None:
-                write.commit(folder, [r for r, _ in found if r is not None], _attributes(job, step, loss))
-                notes = write.prune(job.out, job.config.checkpoint.keep, deep=False)
+            if self.error is None:
+                write.commit(self.folder, records, self.attributes)
+                self.lines += write.prune(self.job.out, keep.keep, deep=False, every=keep.keep_every)
         except UserError as problem:
-            error = str(problem)
-        if error:
-            write.discard(folder)
-        for line in (f"NOT saved: {error}" if error else f"saved {folder}", *notes):
-            job.say(line)
-    with job.where.waiting(what, patient=True):
-        job.unsaved = job.link.bcast(error)
+            self.error = str(problem)
+        except Exception as problem:
+            self.error = f"{self.what} failed: {type(problem).__name__}: {problem}"
+        if self.error:
+            write.discard(self.folder)
+
+    @property
+    def over(self) -> bool:
+        """Whether it is known, on this rank, what has become of it."""
+        return self.committer is not None and not self.committer.is_alive()
+
+    def tell(self) -> None:
+        """Says once what has become of it."""
+        if self.told or self.committer is None:
+            return
+        self.told, seconds = True, perf_counter() - self.began
+        done = f"saved {self.folder}: {self.bytes / 2**20:,.0f} MiB in {seconds:.2f} s"
+        done += f", for which the steps waited {1e3 * self.waited:.0f} ms"
+        for line in (*self.lines, f"NOT saved: {self.error}" if self.error else done):
+            self.job.say(line)
+
+    def end(self) -> None:
+        """Waits for the commit; every rank learns whether there was one."""
+        if self.committer is not None:
+            begin = perf_counter()
+            with self.job.where.waiting(self.what, patient=True):
+                self.committer.join()
+            self.waited += perf_counter() - begin
+            self.tell()
+        with self.job.where.waiting(self.what, patient=True):
+            self.job.unsaved = self.job.link.bcast(self.error)
+
+
+def _bytes(job: Job) -> int:
+    """Of the whole state, without what explains it."""
+    params = (item for stage in job.plan.stages for item in stage.layer.params.items())
+    elements = sum(math.prod(spec.shape) for name, spec in params if name not in job.plan.ties)
+    return len(KINDS) * job.backend.real * elements
 
 
 def _pieces(job: Job) -> Iterator[write.Piece]:

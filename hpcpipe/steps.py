@@ -48,6 +48,7 @@ class Verdict(NamedTuple):
     norm: float
     scale: float
     stop: bool
+    written: int  # ranks that have written their share of a checkpoint since the last step
     parts: dict[str, float]
     worst: tuple[int, Wait]
 
@@ -73,11 +74,14 @@ class Steps:
         self.bubble = 1 - self.busy / self.expected if self.expected else 0.0
         names, copies, size = len(job.plan.names), job.plan.copies, job.link.size
         self._aside = size if size <= ASIDE else 0
-        # One sum carries: squares by name, losses by copy, the wish to stop, seconds by part, each rank's longest wait.
-        sizes = (names, copies, 1, len(PARTS), self._aside, self._aside)
+        # One sum carries: squares by name, losses by copy, the wish to stop, shares of a checkpoint that are written,
+        # seconds by part, each rank's longest wait.
+        sizes = (names, copies, 1, 1, len(PARTS), self._aside, self._aside)
         self.totals = np.zeros(sum(sizes))
         ends = np.cumsum(sizes)
-        self.squares, self.losses, self.asked, self.parts, self.waits, self.ops = np.split(self.totals, ends[:-1])
+        (
+            self.squares, self.losses, self.asked, self.shares, self.parts, self.waits, self.ops,
+        ) = np.split(self.totals, ends[:-1])  # fmt: skip
 
     def run(self, step: int, asked: bool) -> None:
         """Step ``step``, counted from 0. ``asked`` is this rank's wish to stop."""
@@ -89,6 +93,13 @@ class Steps:
         self._close(step, asked, began)
         if not self.guessing:
             self.settle()
+
+    def written(self) -> int:
+        """How many ranks have written their share of a checkpoint; known to all ranks, and told once."""
+        found = self.verdict.written if self.verdict else 0
+        if self.verdict:
+            self.verdict = self.verdict._replace(written=0)
+        return found
 
     def rest(self, step: int) -> bool:
         """Whether, after ``step`` steps, the state must be settled: to be looked at, saved, or left."""
@@ -117,7 +128,7 @@ class Steps:
         job.optimizer.squares(self.squares)
         for copy, loss in job.losses(job.program):
             self.losses[copy] = loss
-        self.asked[0] = asked
+        self.asked[0], self.shares[0] = asked, job.written()
         now, pipeline = perf_counter(), job.program.parts()
         # A step that was void and done again counts as one: the first try is in "other".
         between = float(job.program.clock[0]) - began + float(ended - job.program.clock[-1])
@@ -131,6 +142,7 @@ class Steps:
             under_way = job.link.start_allreduce(self.totals)
         self.pending = Pending(step, rate, under_way, self.guessing, began, now - began)
         if self.guessing:
+            job.hold()
             job.optimizer.guess(step, rate)
             self.pending = self.pending._replace(whole=perf_counter() - began)
 
@@ -153,7 +165,8 @@ class Steps:
         wait = Wait(float(self.waits[rank]), _named(self.ops[rank])) if self._aside else Wait(0.0, "")
         loss = float(self.losses.sum()) / job.plan.tokens
         stop = bool(self.asked[0] > 0)
-        self.verdict = Verdict(loss, norm, scale, stop, dict(zip(PARTS, each.tolist(), strict=True)), (rank, wait))
+        shares = round(float(self.shares[0]))
+        self.verdict = Verdict(loss, norm, scale, stop, shares, dict(zip(PARTS, each.tolist(), strict=True)), (rank, wait))
         self.guessing = self.early and self.verdict.finite and scale == 1.0
         if not pending.guessed:
             return self.verdict.finite
@@ -181,6 +194,7 @@ class Steps:
     def _update(self) -> None:
         verdict, pending = self.verdict, self.pending
         assert verdict is not None and pending is not None
+        self.job.hold()
         self.job.optimizer.update(pending.step, pending.rate, verdict.scale)
 
     def _timed(self, work: Callable[[], None]) -> None:

@@ -16,7 +16,7 @@ from hpcpipe.comm.link import Link
 from hpcpipe.config import Config
 from hpcpipe.job import Job
 from hpcpipe.rehearsal import rehearse
-from hpcpipe.saving import save
+from hpcpipe.saving import Saver
 from hpcpipe.steps import Steps
 
 
@@ -24,19 +24,21 @@ def train(config: Config, link: Link) -> float:
     """Trains until ``train.steps`` or until a signal asks to stop; returns the last loss."""
     job = Job(config, link)
     job.begin(rehearse(job))
-    steps = Steps(job)
+    steps, saver = Steps(job), Saver(job)
     with signals() as asked, job.watch:
         if job.step == 0:
             job.evaluate(0)
         for step in range(job.step, job.config.train.steps):
             steps.run(step, bool(asked))
+            saver.poll(steps.written())
             if steps.rest(step + 1):
                 steps.settle()
                 job.evaluate(step + 1)
                 if steps.stop or job.save_due(step + 1):
-                    save(job, step + 1, steps.loss)
+                    saver.save(step + 1, steps.loss)
                 if steps.stop:
                     break
+        saver.finish()
         job.close(steps.loss, steps.stop)
     return steps.loss
 

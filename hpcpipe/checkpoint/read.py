@@ -80,7 +80,7 @@ class Checkpoint:
     @property
     def step(self) -> int:
         """Optimizer steps done."""
-        return int(self.attributes.get("step", _number(self.path)))
+        return int(self.attributes.get("step", number(self.path)))
 
     @property
     def tensors(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
@@ -204,7 +204,8 @@ def _committed(folder: Path) -> bool:
         return False
 
 
-def _number(folder: Path) -> int:
+def number(folder: Path) -> int:
+    """The step that a folder is named after, 0 for another one."""
     found = STEP.fullmatch(folder.name)
     return int(found[1]) if found else 0
 

@@ -108,8 +108,10 @@ def discard(folder: Path) -> None:
         folder.rmdir()
 
 
-def prune(out: Path | str, keep: int, deep: bool = True) -> list[str]:
+def prune(out: Path | str, keep: int, deep: bool = True, every: int = 0) -> list[str]:
     """Keep the newest ``keep`` complete checkpoints (0 = all) and remove half-written folders older than the newest.
+
+    Steps that are multiples of ``every`` stay, too.
 
     Nothing is removed before the newest is proven complete: with ``deep`` every byte is read and summed, without it the
     files must have their sizes (for callers that have verified it already). Returns sentences on what is in the way.
@@ -125,9 +127,30 @@ def prune(out: Path | str, keep: int, deep: bool = True) -> list[str]:
         return [f"checkpoint: nothing older than {found[-1].name} is removed because it is not good: {wrong[0]}"]
     folders = read.step_folders(out)
     half = [f for f in folders[: folders.index(found[-1])] if f not in found]
-    for folder in half + (found[:-keep] if keep else []):
+    old = found[:-keep] if keep else []
+    for folder in half + [f for f in old if not every or read.number(f) % every]:
         _remove(folder)
     return []
+
+
+def make_room(out: Path | str, wanted: int) -> list[str]:
+    """Before a save of ``wanted`` bytes: where the disk has not so many, the oldest checkpoints go, the newest stays.
+
+    Nothing goes unless the newest is complete. Returns a sentence for each that was removed.
+    """
+    notes: list[str] = []
+    found = read.complete(out)
+    with suppress(OSError, UserError):
+        while len(found) > 1 and shutil.disk_usage(out).free < wanted:
+            if read.Checkpoint.open(found[-1]).verify(deep=False):
+                break
+            free = shutil.disk_usage(out).free
+            _remove(found[0])
+            notes.append(
+                f"checkpoint: {found[0].name} is removed to make room: the next one takes {wanted} bytes, {free} were free"
+            )
+            found = found[1:]
+    return notes
 
 
 def _remove(folder: Path) -> None:
