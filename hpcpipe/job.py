@@ -59,10 +59,10 @@ class Job:
         self.mates: dict[int, tuple[int, ...]] = {}  # of each of my stages that has copies, the ranks that hold them
         self.copies = self._copies()
         self.shift = clock.shift(link)
-        self.lock: Lock | None = None
+        self.locks: list[Lock] = []  # on the run's folder, by rank 0
         self._together(self._open_folder)
         self.resumed, self.warnings = resume.find(self.out, link)
-        self.warnings += [self.lock.warning] if self.lock and self.lock.warning else []
+        self.warnings += [lock.warning for lock in self.locks if lock.warning]
         self.step = self.resumed.step if self.resumed else 0
         self.loss = float(self.resumed.attributes["loss"]) if self.resumed else float("nan")
         self._together(self._allocate)
@@ -184,7 +184,7 @@ class Job:
             raise UserError(f"out and data.path are the same folder, {self.out}; give the run a folder of its own")
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            self.lock = Lock(self.out)
+            self.locks.append(Lock(self.out))
             (self.out / DONE).unlink(missing_ok=True)
             if tokenizer.is_file():
                 shutil.copyfile(tokenizer, self.out / TOKENIZER)
@@ -358,8 +358,8 @@ class Job:
             events = tuple(event for part in parts or [] for event in part)
             self._together(lambda: self._record(events, loss, stopped))
         self.watch.stop()
-        if self.lock is not None:
-            self.lock.release()
+        for lock in self.locks:
+            lock.release()
         if self.meeting is not None and self.link.rank == 0:
             self.meeting.remove()
 

@@ -28,7 +28,7 @@ class Saver:
         job.hold, job.written = self.hold, self._written
 
     def save(self, step: int, loss: float) -> None:
-        """Begins to write the state after ``step`` steps. Failing leaves the run and the last checkpoint as they are."""
+        """Begins to write the state after ``step``. Failing leaves the run and the last checkpoint as they are."""
         self.finish()
         self.pending = _Save(self.job, step, loss)
 
@@ -38,7 +38,7 @@ class Saver:
             self.pending.hold()
 
     def poll(self, written: int) -> None:
-        """After a step. ``written`` ranks have written their share, as all ranks know: when it is all, it is committed."""
+        """After a step: ``written`` ranks have written their share, as all know; when all have, it is committed."""
         if self.pending is not None and not self.pending.gathered and written == len(self.job.plan.ranks):
             self.pending.gather()
         if self.pending is not None and self.pending.over:

@@ -166,7 +166,8 @@ class Steps:
         loss = float(self.losses.sum()) / job.plan.tokens
         stop = bool(self.asked[0] > 0)
         shares = round(float(self.shares[0]))
-        self.verdict = Verdict(loss, norm, scale, stop, shares, dict(zip(PARTS, each.tolist(), strict=True)), (rank, wait))
+        parts = dict(zip(PARTS, each.tolist(), strict=True))
+        self.verdict = Verdict(loss, norm, scale, stop, shares, parts, (rank, wait))
         self.guessing = self.early and self.verdict.finite and scale == 1.0
         if not pending.guessed:
             return self.verdict.finite

@@ -15,6 +15,14 @@ from hpcpipe.backends.null import Call, Tensor
 Array = npt.NDArray[Any]
 
 
+FIXED: dict[str, np.dtype[Any]] = {
+    "h": np.dtype("uint16"),
+    "i": np.dtype("int32"),
+    "l": np.dtype("int64"),
+    "d": np.dtype("float64"),
+}
+
+
 class Place(NamedTuple):
     """One buffer of a compiled call: where it lies and what it is."""
 
@@ -40,7 +48,7 @@ class ReferenceBackend:
     def __init__(self, dtype: str = "float32") -> None:
         if dtype not in ("float32", "float64"):
             raise ValueError(f"reference backend: dtype is {dtype!r}, choose float32 or float64")
-        self.types = {"r": np.dtype(dtype), "h": np.dtype("uint16"), "i": np.dtype("int32"), "l": np.dtype("int64"), "d": np.dtype("float64")}
+        self.types: dict[str, np.dtype[Any]] = {**FIXED, "r": np.dtype(dtype)}
         self.real = self.types["r"].itemsize
 
     def allocate(self, nbytes: int) -> Array:

@@ -50,7 +50,7 @@ class Lock:
 
     def _is(self, fd: int) -> bool:
         try:
-            return os.path.samestat(os.stat(self.path), os.fstat(fd))
+            return os.path.samestat(self.path.stat(), os.fstat(fd))
         except FileNotFoundError:
             return False
 

@@ -147,7 +147,7 @@ def make_room(out: Path | str, wanted: int) -> list[str]:
             free = shutil.disk_usage(out).free
             _remove(found[0])
             notes.append(
-                f"checkpoint: {found[0].name} is removed to make room: the next one takes {wanted} bytes, {free} were free"
+                f"checkpoint: {found[0].name} is removed to make room: {wanted} bytes are to be saved, {free} were free"
             )
             found = found[1:]
     return notes

@@ -47,7 +47,8 @@ def execute(backend: CpuBackend, name: str, env: Env, values: dict[str, Array | 
              for a, t in zip(row.buffers, tensors, strict=True) if t}  # fmt: skip
     for a in row.buffers:
         if a.name in views:
-            views[a.name][...] = np.nan if a.role in ("out", "scratch") else values[a.name]
+            nothing = 0xFFFF if a.type == "h" else np.nan
+            views[a.name][...] = nothing if a.role in ("out", "scratch") else values[a.name]
     before = memory.copy()
     backend.run(handle, memory, np.array([0, base]), work)
     touched = [a for a in row.buffers if a.role != "in" and a.name in views]
@@ -235,6 +236,10 @@ def test_halves_are_the_nearest_and_nothing_is_lost_at_the_edges(level: str) -> 
     assert np.signbit(found["x"][0, 1])
     again = execute(CpuBackend(1, level), "widen", {"n": 1, "c": x.size}, {"x": found["y"]})
     assert again["y"].tobytes() == found["x"].tobytes()
+    case = {"n": 50, "c": 41}, inputs_of("narrow", {"n": 50, "c": 41}, np.random.default_rng(5))
+    want = reference("narrow", *case)
+    for key, value in execute(CpuBackend(2, level), "narrow", *case).items():
+        np.testing.assert_array_equal(value, want[key])
 
 
 @pytest.mark.parametrize("name", ["gelu_fwd", "gelu_dx", "swiglu_fwd", "swiglu_dx"])

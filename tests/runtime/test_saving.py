@@ -1,4 +1,4 @@
-"""Saving beside the steps: what is written is the state of its step, however long writing takes; one job in a folder."""
+"""Saving beside the steps: what is written is the state of its step, however long it takes; one job in a folder."""
 
 from __future__ import annotations
 
