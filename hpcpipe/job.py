@@ -111,8 +111,7 @@ class Job:
             grid(config.pipeline, self.link.size)
             self.data = Dataset.open(config.data.path)
             self.config = resolve(config, self.data.vocab)
-            # cores that were shared out are nobody else's
-            self.backend = open_backend(config.device.backend, threads, alone=not config.device.threads)
+            self.backend = open_backend(config.device.backend, threads)
 
         def lay_out() -> None:
             self.plan: Plan = plan(self.config, self.link.size, threads, self.backend.real, prices=prices)

@@ -39,11 +39,8 @@ class Backend(Protocol):
         """FLOP/s of float32 matrix products on this device, measured now for about ``seconds``."""
 
 
-def open_backend(name: str, threads: int, alone: bool = False) -> Backend:
-    """The backend of a config's ``device.backend``; UserError where its library is missing or does not fit.
-
-    ``alone``: the cores of this process are its own, one for each thread.
-    """
+def open_backend(name: str, threads: int) -> Backend:
+    """The backend of a config's ``device.backend``; UserError where its library is missing or does not fit."""
     if name == "reference":
         from hpcpipe.backends.reference import ReferenceBackend
 
@@ -51,6 +48,6 @@ def open_backend(name: str, threads: int, alone: bool = False) -> Backend:
     from hpcpipe.backends.cpu import CpuBackend
 
     try:
-        return CpuBackend(threads, alone=alone)
+        return CpuBackend(threads)
     except RuntimeError as error:
         raise UserError(f"device.backend: {error}") from None

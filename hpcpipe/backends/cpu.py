@@ -73,22 +73,22 @@ def library(level: str) -> Path:
     return FOLDER / f"libhpcpipe-{level}.so"
 
 
-def prepare_environment(alone: bool) -> None:
+def prepare_environment() -> None:
     """Settings that OpenMP reads when it is loaded.
 
-    A thread that waits for its team's next loop spins for about 2 milliseconds where it has a core to itself: to be
-    woken takes longer than many a loop. Otherwise for 100 microseconds, or it would hold up who shares its core.
+    A thread that waits for its team's next loop spins for about 100 microseconds, not for milliseconds: with more ranks
+    than cores it would hold up the others.
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", "200000" if alone else "10000")
-    os.environ.setdefault("KMP_BLOCKTIME", "2" if alone else "0")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
 
 
-def load(level: str, alone: bool = False) -> ctypes.CDLL:
+def load(level: str) -> ctypes.CDLL:
     """The library of a level, with its functions declared; RuntimeError in one sentence if it does not fit."""
     path = library(level)
     if not path.exists():
         raise RuntimeError(f"the native library {path.name} is not in {FOLDER}: run make build")
-    prepare_environment(alone)
+    prepare_environment()
     lib = ctypes.CDLL(str(path))
     lib.hp_table_digest.restype = ctypes.c_char_p
     if lib.hp_table_digest().decode() != digest():
@@ -107,18 +107,15 @@ class CpuBackend:
     name = "cpu"
     real = TYPES["r"].itemsize
 
-    def __init__(self, threads: int = 0, level: str = "", alone: bool = False) -> None:
-        """``level`` names a library of ``LEVELS``; by default it is the best one that this processor runs.
-
-        ``alone``: nobody else is to run on the cores of this process's mask, and there is one for each thread.
-        """
+    def __init__(self, threads: int = 0, level: str = "") -> None:
+        """``level`` names a library of ``LEVELS``; by default it is the best one that this processor runs."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.threads = threads or cores
         built = runnable()
         if not built and not level:
             raise RuntimeError(f"no native library is in {FOLDER}: run make build")
         self.level = level or built[0]
-        self._lib = load(self.level, alone)
+        self._lib = load(self.level)
         self._lib.hp_init(self.threads)
 
     def allocate(self, nbytes: int) -> Array:
