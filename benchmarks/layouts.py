@@ -79,7 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(shape: Shape, folder: Path, layout: Layout, steps: int) -> float:
     """Tokens per second of one run."""
-    config = config_of(shape, folder, max(1, min(microbatch_of(shape), shape.sequences // (2 * layout.ranks))))
+    mine = shape.sequences // layout.replicas
+    # A pipeline is filled by two microbatches for each rank, where there are as many sequences.
+    most = min(microbatch_of(shape), max(1, mine // (2 * layout.ranks)) if layout.ranks > 1 else mine)
+    config = config_of(shape, folder, max(n for n in range(1, most + 1) if mine % n == 0))
     file, out = folder / "run.toml", folder / "run"
     file.write_text(to_toml(config))
     sets = {
