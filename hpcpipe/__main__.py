@@ -69,6 +69,8 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--out", metavar="FILE", help="default: report.html in the run's folder")
     report.set_defaults(run=_report)
 
+    _interchange(verbs)
+
     generate = verbs.add_parser("generate", help="text from a checkpoint")
     generate.add_argument("path", help="a checkpoint or a run folder")
     generate.add_argument("--prompt", default="def ", help="the text to continue")
@@ -79,6 +81,20 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--tokenizer", metavar="JSON", help="default: the one in the run's folder")
     generate.set_defaults(run=_generate)
     return top
+
+
+def _interchange(verbs: Any) -> None:
+    out = verbs.add_parser("export", help="a checkpoint as a Hugging Face folder")
+    out.add_argument("path", help="a checkpoint or a run folder")
+    out.add_argument("--out", required=True, metavar="DIR")
+    kinds = ("float32", "bfloat16", "float16")
+    out.add_argument("--dtype", choices=kinds, default="", help="default: float32, or what an imported model came in")
+    out.set_defaults(run=_export)
+
+    back = verbs.add_parser("import", help="a Hugging Face folder (GPT-2, Llama, Mistral) as a checkpoint")
+    back.add_argument("path", metavar="FOLDER")
+    back.add_argument("--out", required=True, metavar="RUN_DIR")
+    back.set_defaults(run=_import)
 
 
 def _config(verb: argparse.ArgumentParser) -> None:
@@ -159,6 +175,20 @@ def _report(args: argparse.Namespace) -> None:
     from hpcpipe.report import report
 
     report(args.run_dir, args.out)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from hpcpipe.hugging_face import export
+
+    export(args.path, args.out, args.dtype)
+    print(f"exported to {args.out}")
+
+
+def _import(args: argparse.Namespace) -> None:
+    from hpcpipe import hugging_face
+
+    found = hugging_face.import_(args.path, args.out)
+    print(f'imported to {args.out}; a run goes on from it with out = "{args.out}" and\n\n{hugging_face.toml(found)}')
 
 
 def _generate(args: argparse.Namespace) -> None:

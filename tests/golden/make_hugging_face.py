@@ -19,6 +19,7 @@ import numpy as np
 
 from hpcpipe import model
 from hpcpipe.config import ModelConfig
+from hpcpipe.hugging_face import NAMES
 
 FOLDER = Path(__file__).parent / "hugging_face"
 BATCH, LENGTH = 3, 11  # sequences, and trained tokens in each
@@ -32,41 +33,6 @@ CASES = {
     "llama_untied": model.resolve(ModelConfig(**_LLAMA | {"kv_heads": 1}, tied=False, eps=1e-6)),
     "llama_ungrouped": model.resolve(ModelConfig(**_LLAMA | {"kv_heads": 4, "layers": 1}, tied=False)),
 }
-
-# Ours <- theirs. Several on the right are stacked by rows; "T" marks Conv1D, which holds [in, out]. {} is the layer.
-NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "gpt2": {
-        "embed.weight": ("transformer.wte.weight",),
-        "embed.position": ("transformer.wpe.weight",),
-        "layer.{}.norm1.weight": ("transformer.h.{}.ln_1.weight",),
-        "layer.{}.norm1.bias": ("transformer.h.{}.ln_1.bias",),
-        "layer.{}.attention.qkv.weight": ("transformer.h.{}.attn.c_attn.weight T",),
-        "layer.{}.attention.qkv.bias": ("transformer.h.{}.attn.c_attn.bias",),
-        "layer.{}.attention.out.weight": ("transformer.h.{}.attn.c_proj.weight T",),
-        "layer.{}.attention.out.bias": ("transformer.h.{}.attn.c_proj.bias",),
-        "layer.{}.norm2.weight": ("transformer.h.{}.ln_2.weight",),
-        "layer.{}.norm2.bias": ("transformer.h.{}.ln_2.bias",),
-        "layer.{}.mlp.up.weight": ("transformer.h.{}.mlp.c_fc.weight T",),
-        "layer.{}.mlp.up.bias": ("transformer.h.{}.mlp.c_fc.bias",),
-        "layer.{}.mlp.down.weight": ("transformer.h.{}.mlp.c_proj.weight T",),
-        "layer.{}.mlp.down.bias": ("transformer.h.{}.mlp.c_proj.bias",),
-        "head.norm.weight": ("transformer.ln_f.weight",),
-        "head.norm.bias": ("transformer.ln_f.bias",),
-        "head.weight": ("lm_head.weight",),
-    },
-    "llama": {
-        "embed.weight": ("model.embed_tokens.weight",),
-        "layer.{}.norm1.weight": ("model.layers.{}.input_layernorm.weight",),
-        "layer.{}.attention.qkv.weight": tuple(f"model.layers.{{}}.self_attn.{x}_proj.weight" for x in "qkv"),
-        "layer.{}.attention.out.weight": ("model.layers.{}.self_attn.o_proj.weight",),
-        "layer.{}.norm2.weight": ("model.layers.{}.post_attention_layernorm.weight",),
-        "layer.{}.mlp.gate_up.weight": tuple(f"model.layers.{{}}.mlp.{x}_proj.weight" for x in ("gate", "up")),
-        "layer.{}.mlp.down.weight": ("model.layers.{}.mlp.down_proj.weight",),
-        "head.norm.weight": ("model.norm.weight",),
-        "head.weight": ("lm_head.weight",),
-    },
-}
-
 
 def ours(theirs: Mapping[str, np.ndarray], m: ModelConfig) -> dict[str, np.ndarray]:
     """Our parameters (or gradients) from theirs, tied copies left out; KeyError where one is missing or left over."""

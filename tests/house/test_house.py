@@ -20,7 +20,7 @@ FLOORS = (
     ("__main__",),
     ("train", "generate"),
     ("steps", "saving", "rehearsal"),
-    ("job", "predict", "prepare", "report"),
+    ("job", "predict", "prepare", "report", "hugging_face"),
     ("resume", "measure"),
     ("planner",),
     ("model", "runtime", "checkpoint", "data", "corpus", "placement", "progress", "charts"),
@@ -31,7 +31,9 @@ FLOORS = (
 # Who imports whom, exactly: an arrow that is not drawn fails, and so does one that nobody uses. config.UserError, how a
 # sentence reaches the user, is everybody's and not drawn.
 ARROWS = {
-    "__main__": {"train", "generate", "predict", "prepare", "report", "planner", "checkpoint", "comm", "config"},
+    "__main__": {
+        "train", "generate", "predict", "prepare", "report", "hugging_face", "planner", "checkpoint", "comm", "config",
+    },
     "train": {"steps", "saving", "rehearsal", "job", "comm", "config"},
     "steps": {"job", "runtime", "schedule", "comm"},
     "saving": {"job", "checkpoint", "config"},
@@ -45,6 +47,7 @@ ARROWS = {
     "measure": {"planner", "runtime", "backends", "schedule", "comm", "config"},
     "predict": {"model", "runtime", "checkpoint", "data", "backends", "schedule", "comm", "config"},
     "prepare": {"corpus", "data"},
+    "hugging_face": {"model", "checkpoint", "data", "config"},
     "report": {"charts", "model", "checkpoint", "schedule", "config"},
     "planner": {"model", "runtime", "data", "placement", "backends", "schedule", "config"},
     "model": {"layers", "config"},
