@@ -61,6 +61,8 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("path")
     inspect.add_argument("--json", action="store_true", help="for programs")
     inspect.add_argument("--stats", action="store_true", help="mean, rms, largest, NaN and Inf of every tensor")
+    inspect.add_argument("--diff", default="", metavar="OTHER", help="what has changed up to another checkpoint")
+    inspect.add_argument("--merge", default="", metavar="FILE", help="write one HDF5 file without virtual datasets")
     _pictures(inspect)
     inspect.set_defaults(run=_inspect)
 
@@ -166,6 +168,16 @@ def _inspect(args: argparse.Namespace) -> None:
         return
     if args.svg or args.trace:
         raise UserError(f"inspect: --svg and --trace draw a timeline, {args.path} is none; give a run's timeline.jsonl")
+    if args.diff:
+        from hpcpipe.checkpoint.compare import compare
+
+        print(compare(args.path, args.diff, json=args.json))
+        return
+    if args.merge:
+        from hpcpipe.checkpoint.merge import merge
+
+        print(f"merged {merge(args.path, args.merge)} into {args.merge}")
+        return
     from hpcpipe.checkpoint.inspect import describe
 
     print(describe(args.path, json=args.json, stats=args.stats))

@@ -154,7 +154,8 @@ def _stats(checkpoint: Checkpoint, kind: str, name: str) -> dict[str, Any]:
     """mean, rms and largest |value| of the finite elements, and how many are NaN or infinite."""
     count, total, square, largest, nan, inf = 0, 0.0, 0.0, 0.0, 0, 0
     try:
-        for block in _stream(checkpoint, kind, name):
+        for _, values in stream(checkpoint, kind, name):
+            block = values.ravel()
             finite = block[np.isfinite(block)].astype(np.float64)
             nan += int(np.isnan(block).sum())
             inf += int(np.isinf(block).sum())
@@ -168,18 +169,17 @@ def _stats(checkpoint: Checkpoint, kind: str, name: str) -> dict[str, Any]:
     return {"mean": mean, "rms": rms, "max": largest, "nan": nan, "inf": inf}
 
 
-def _stream(checkpoint: Checkpoint, kind: str, name: str) -> Iterator[np.ndarray[Any, Any]]:
-    """The tensor in pieces of about STREAM elements, each flat: some rows, or some columns of one long row."""
+def stream(checkpoint: Checkpoint, kind: str, name: str) -> Iterator[tuple[tuple[slice, ...], np.ndarray[Any, Any]]]:
+    """(where, values) of a tensor in pieces of about STREAM elements: some rows, or some columns of one long row."""
     shape = checkpoint.layout[kind, name].shape
     row = math.prod(shape[1:])
     rows, columns = max(1, STREAM // row), max(1, STREAM // max(1, row // shape[1])) if len(shape) > 1 else 1
     for first in range(0, shape[0], rows):
-        box = [slice(first, first + rows)]
-        if row <= STREAM:
-            yield checkpoint.read(kind, name, slices=box).reshape(-1)
-            continue
-        for column in range(0, shape[1], columns):
-            yield checkpoint.read(kind, name, slices=[*box, slice(column, column + columns)]).reshape(-1)
+        boxes: list[tuple[slice, ...]] = [(slice(first, first + rows),)]
+        if row > STREAM:
+            boxes = [(*boxes[0], slice(column, column + columns)) for column in range(0, shape[1], columns)]
+        for box in boxes:
+            yield box, checkpoint.read(kind, name, slices=box)
 
 
 def _config(text: str) -> dict[str, Any]:
