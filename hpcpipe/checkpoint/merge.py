@@ -14,7 +14,7 @@ from hpcpipe.config import UserError
 
 ABOUT = """One training state, in one file. /parameters, /moment1 and /moment2 hold tensors by name: that of
 layer.0.mlp.up.weight is /parameters/layer/0/mlp/up/weight. Arrays are row-major and little-endian; a linear layer
-computes x @ weight.T, so its weight is [outputs, inputs]. The attributes are those of the checkpoint that this was made of."""
+computes x @ weight.T, so its weight is [outputs, inputs]. The attributes are those of the checkpoint that it is of."""
 
 
 def merge(path: str, out: str) -> Path:
