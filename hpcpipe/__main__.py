@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     inspect = verbs.add_parser("inspect", help="a checkpoint, a run folder or a timeline.jsonl: what is in it")
     inspect.add_argument("path")
     inspect.add_argument("--json", action="store_true", help="for programs")
-    inspect.add_argument("--stats", action="store_true", help="mean, rms, largest, NaN and Inf of every tensor")
+    inspect.add_argument("--stats", action="store_true", help="mean, rms, largest, spectral norm, NaN and Inf")
     inspect.add_argument("--diff", default="", metavar="OTHER", help="what has changed up to another checkpoint")
     inspect.add_argument("--merge", default="", metavar="FILE", help="write one HDF5 file without virtual datasets")
     _pictures(inspect)

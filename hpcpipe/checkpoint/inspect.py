@@ -20,6 +20,7 @@ from hpcpipe.checkpoint.read import Checkpoint
 from hpcpipe.config import UserError, loads
 
 STREAM = 1 << 20  # elements looked at together
+TURNS = 16  # of the power iteration for a spectral norm
 TAIL = 1 << 16  # bytes of the metrics file in which its last lines are looked for
 
 
@@ -147,6 +148,8 @@ def _tensor(checkpoint: Checkpoint, name: str, stats: bool) -> dict[str, Any]:
     }
     if stats:
         row["stats"] = {kind: _stats(checkpoint, kind, name) for kind in kinds}
+        if "parameter" in kinds and len(row["shape"]) == 2 and "problem" not in row["stats"]["parameter"]:
+            row["stats"]["parameter"]["spectral"] = spectral(checkpoint, name)
     return row
 
 
@@ -167,6 +170,20 @@ def _stats(checkpoint: Checkpoint, kind: str, name: str) -> dict[str, Any]:
         return {"problem": str(error)}
     mean, rms = (total / count, math.sqrt(square / count)) if count else (math.nan, math.nan)
     return {"mean": mean, "rms": rms, "max": largest, "nan": nan, "inf": inf}
+
+
+def spectral(checkpoint: Checkpoint, name: str) -> float:
+    """The largest singular value of a matrix, from below: TURNS turns of the power iteration, each one pass over it."""
+    rows, columns = checkpoint.layout["parameter", name].shape
+    v, size, step = np.random.default_rng(0).standard_normal(columns), 0.0, max(1, STREAM // columns)
+    for _ in range(TURNS):
+        v = v / (float(np.linalg.norm(v)) or 1.0)
+        product = np.zeros(columns)
+        for first in range(0, rows, step):
+            block = checkpoint.read("parameter", name, slices=(slice(first, first + step),)).astype(np.float64)
+            product += block.T @ (block @ v)
+        v, size = product, float(np.linalg.norm(product))
+    return math.sqrt(size)
 
 
 def stream(checkpoint: Checkpoint, kind: str, name: str) -> Iterator[tuple[tuple[slice, ...], np.ndarray[Any, Any]]]:

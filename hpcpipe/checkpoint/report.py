@@ -157,16 +157,17 @@ def _is_leaf(node: Mapping[str, Any]) -> bool:
 
 
 def _stats(tensors: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    rows = [["statistics", "", "mean", "rms", "max |x|", "NaN", "Inf"]]
+    rows = [["statistics", "", "mean", "rms", "max |x|", "spectral", "NaN", "Inf"]]
     for tensor in tensors:
         for kind, s in tensor["stats"].items():
             first = [tensor["name"] if kind == tensor["kinds"][0] else "", LABELS[kind]]
             if "problem" in s:
-                rows.append([*first, "unreadable", "", "", "", ""])
+                rows.append([*first, "unreadable", "", "", "", "", ""])
                 continue
             values = [f"{s['mean']:+.3e}", f"{s['rms']:.3e}", f"{s['max']:.3e}"]
+            values.append(f"{s['spectral']:.3e}" if "spectral" in s else "")
             rows.append([*first, *values, *(f"{s[k]:,}" if s[k] else "0" for k in ("nan", "inf"))])
-    yield from table(rows, "<<>>>>>")
+    yield from table(rows, "<<>>>>>>")
 
 
 def table(rows: Sequence[Sequence[str]], aligned: str, indent: str = "") -> Iterator[str]:

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpcpipe.checkpoint import report, write
+from hpcpipe.checkpoint import inspect, report, write
 from hpcpipe.checkpoint.inspect import describe
+from hpcpipe.checkpoint.read import Checkpoint
 from hpcpipe.config import Config, UserError, to_toml
 from tests.runtime.checkpoint_state import by_axis, by_tensor, save, state, unsynced  # noqa: F401
 
@@ -85,7 +86,21 @@ def test_statistics(tmp_path):
     assert [(s["nan"], s["inf"]) for s in stats.values()] == [(2, 0), (0, 1), (3, 0)]
     assert stats["none"]["mean"] is None
     said = describe(tmp_path, stats=True)
-    assert re.search(r"^tall +p +[+-]\d\.\d{3}e-0\d +\d\.\d{3}e[+-]0\d +\d\.\d{3}e\+00 +2 +0$", said, re.M)
+    assert re.search(r"^tall +p +[+-]\d\.\d{3}e-0\d +\d\.\d{3}e[+-]0\d +\d\.\d{3}e\+00 +nan +2 +0$", said, re.M)
+
+
+@pytest.mark.parametrize("piece", [1 << 20, 100])
+def test_spectral_norms_are_estimated_from_below(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(inspect, "STREAM", piece)
+    rng = np.random.default_rng(1)
+    line = np.outer(rng.standard_normal(30), rng.standard_normal(50)).astype(np.float32)
+    noise = rng.standard_normal((80, 60)).astype(np.float32)
+    matrices = {"line": line, "noise": noise, "none": np.zeros((3, 4), np.float32)}
+    checkpoint = Checkpoint.open(save(tmp_path, 1, {("parameter", name): m for name, m in matrices.items()}))
+    found = {name: inspect.spectral(checkpoint, name) for name in ("line", "noise", "none")}
+    assert found["line"] == pytest.approx(np.linalg.norm(line, 2), rel=1e-6)
+    assert 0.9 < found["noise"] / np.linalg.norm(noise, 2) < 1 + 1e-9
+    assert found["none"] == 0
 
 
 def test_damage_is_told_with_what_can_still_be_read(run):
