@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,11 +104,12 @@ def export(path: str, out: str, dtype: str = "") -> None:
     ``dtype`` is float32, bfloat16 or float16; by default what an imported model came in, else float32.
     """
     checkpoint, folder = Checkpoint.open(path), Path(out)
+    if wrong := checkpoint.verify():
+        raise UserError(f"export: {checkpoint.path} is not exported: {wrong[0]}")
     config = loads(str(checkpoint.attributes["config"]), f"the config in {checkpoint.path}")
     m = config.model
     dtype = dtype or str(checkpoint.attributes.get("imported.dtype", "float32"))
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"export: {folder} is not empty; choose another folder, nothing there is replaced")
+    _must_be_free(folder, "export")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_tensors(checkpoint, m, folder, dtype)
@@ -118,7 +120,7 @@ def export(path: str, out: str, dtype: str = "") -> None:
             kind = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": m.context}
             (folder / "tokenizer_config.json").write_text(json.dumps(kind, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"export: {folder} cannot be written ({error.strerror}); what is there is not whole") from None
+        raise UserError(f"export: {folder} cannot be written ({error}); what is there is not whole") from None
 
 
 def _write_tensors(checkpoint: Checkpoint, m: ModelConfig, folder: Path, dtype: str) -> None:
@@ -154,7 +156,10 @@ def _write_file(file: Path, tensors: Mapping[str, Array], dtype: str) -> None:
     safetensors, types = _libraries()
     part = file.with_name(f"{file.name}.part")
     kind = types.bfloat16 if dtype == "bfloat16" else dtype
-    safetensors.numpy.save_file({n: a.astype(kind) for n, a in tensors.items()}, str(part), {"format": "pt"})
+    try:
+        safetensors.numpy.save_file({n: a.astype(kind) for n, a in tensors.items()}, str(part), {"format": "pt"})
+    except safetensors.SafetensorError as error:  # a full disk, too, comes as one
+        raise OSError(str(error)) from None
     part.replace(file)
 
 
@@ -188,16 +193,29 @@ def import_(path: str, out: str) -> ModelConfig:
     m = _our_config(folder)
     tensors = _Tensors(folder)
     tensors.check(m)
-    if run.exists() and any(run.iterdir()):
-        raise UserError(f"import: {run} is not empty; choose another folder, nothing there is replaced")
+    _must_be_free(run, "import")
     config = Config(out=str(run), model=m)
     step = write.step_folder(run, 0)
-    record = write.write_shard(step, 0, _pieces(m, tensors))
-    write.commit(step, [record], {"config": to_toml(config), "step": 0, "tokens": 0, "loss": float("nan"),
-                                  "imported.from": str(folder), "imported.dtype": tensors.dtype})  # fmt: skip
-    if (folder / TOKENIZER).is_file():
-        shutil.copyfile(folder / TOKENIZER, run / TOKENIZER)
+    try:
+        record = write.write_shard(step, 0, _pieces(m, tensors))
+        source: dict[str, str | int | float] = {"imported.from": str(folder), "imported.dtype": tensors.dtype}
+        about = source | {"config": to_toml(config), "step": 0, "tokens": 0, "loss": float("nan")}
+        write.commit(step, [record], about)
+        if (folder / TOKENIZER).is_file():
+            shutil.copyfile(folder / TOKENIZER, run / TOKENIZER)
+    except UserError:
+        write.discard(step)
+        with suppress(OSError):
+            run.rmdir()  # what was free is free again
+        raise
+    except OSError as error:
+        raise UserError(f"import: {run} cannot be written ({error})") from None
     return m
+
+
+def _must_be_free(folder: Path, verb: str) -> None:
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"{verb}: {folder} is not empty; choose another folder, nothing there is replaced")
 
 
 def _pieces(m: ModelConfig, tensors: _Tensors) -> Iterator[write.Piece]:
@@ -221,7 +239,10 @@ class _Tensors:
         self.library, _ = _libraries()
         names = ["model.safetensors"]
         if (folder / INDEX).is_file():
-            names = sorted(set(_json(folder / INDEX)["weight_map"].values()))
+            where = _json(folder / INDEX).get("weight_map")
+            if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+                raise UserError(f"import: {folder / INDEX} does not say which tensor is in which file")
+            names = sorted(set(where.values()))
         self.where: dict[str, Path] = {}
         self.types: set[str] = set()
         self.bare = False
@@ -274,6 +295,7 @@ def _our_config(folder: Path) -> ModelConfig:
         if kind == "gpt2":
             _must(c, "activation_function", ("gelu_new", "gelu_pytorch_tanh"), "gelu_new")
             _must(c, "scale_attn_by_inverse_layer_idx", (False,), False)
+            _must(c, "scale_attn_weights", (True,), True)
             m = ModelConfig(
                 family="gpt2", layers=c["n_layer"], heads=c["n_head"], width=c["n_embd"], ffn=c.get("n_inner") or 0,
                 context=c["n_positions"], vocab=c["vocab_size"], tied=c.get("tie_word_embeddings", True),
@@ -298,9 +320,14 @@ def _our_config(folder: Path) -> ModelConfig:
             )  # fmt: skip
         else:
             raise UserError(f"import: {folder / CONFIG} is of a {kind}; gpt2, llama and mistral can be read")
+        for key in ("layers", "heads", "kv_heads", "width", "ffn", "context", "vocab"):
+            if not isinstance(getattr(m, key), int):
+                raise TypeError(f"{key} is {getattr(m, key)!r}")
+        return model.resolve(m)
     except KeyError as error:
         raise UserError(f"import: {folder / CONFIG} does not say {error.args[0]}") from None
-    return model.resolve(m)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"import: {folder / CONFIG} has a size that is none ({error})") from None
 
 
 def _must(config: Mapping[str, Any], key: str, values: tuple[Any, ...], usual: Any) -> None:

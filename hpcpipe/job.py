@@ -346,6 +346,11 @@ class Job:
 
     # --- the end
 
+    def release(self) -> None:
+        """The run's folder is free for another job."""
+        for lock in self.locks:
+            lock.release()
+
     def close(self, loss: float, stopped: bool) -> None:
         """The measured timeline, and the completion record of a run that ended well."""
         with self.where.waiting("the end of the run", patient=True):
@@ -357,8 +362,6 @@ class Job:
             events = tuple(event for part in parts or [] for event in part)
             self._together(lambda: self._record(events, loss, stopped))
         self.watch.stop()
-        for lock in self.locks:
-            lock.release()
         if self.meeting is not None and self.link.rank == 0:
             self.meeting.remove()
 

@@ -73,6 +73,8 @@ class _Save:
         self.lines: list[str] = []
         if job.link.rank == 0:
             self.lines += write.make_room(job.out, _bytes(job))
+        with job.where.waiting(self.what, patient=True):
+            job.link.barrier()  # nobody writes before there is room
         self.writer = Thread(target=self._write, name="checkpoint", daemon=True) if job.replica == 0 else None
         if self.writer:
             self.writer.start()
@@ -96,7 +98,7 @@ class _Save:
     def hold(self) -> None:
         if self.writer is not None and self.writer.is_alive():
             begin = perf_counter()
-            with self.job.where.waiting(f"{self.what} to be written here", patient=True):
+            with self.job.where.waiting(f"{self.what} to be written here", ranks=(), patient=True):
                 self.writer.join()
             self.waited += perf_counter() - begin
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hpcpipe.comm.link import Link
-from hpcpipe.config import Config
+from hpcpipe.config import Config, UserError
 from hpcpipe.job import Job
 from hpcpipe.rehearsal import rehearse
 from hpcpipe.saving import Saver
@@ -23,8 +23,24 @@ from hpcpipe.steps import Steps
 def train(config: Config, link: Link) -> float:
     """Trains until ``train.steps`` or until a signal asks to stop; returns the last loss."""
     job = Job(config, link)
+    try:
+        return _train(job)
+    finally:
+        job.release()
+
+
+def _train(job: Job) -> float:
     job.begin(rehearse(job))
     steps, saver = Steps(job), Saver(job)
+    try:
+        return _loop(job, steps, saver)
+    except UserError as error:
+        if getattr(error, "everywhere", False):  # every rank is here: what is being written may become a checkpoint
+            saver.finish()
+        raise
+
+
+def _loop(job: Job, steps: Steps, saver: Saver) -> float:
     with signals() as asked, job.watch:
         if job.step == 0:
             job.evaluate(0)

@@ -10,6 +10,7 @@ import numpy as np
 
 from hpcpipe.checkpoint import inspect, report
 from hpcpipe.checkpoint.read import Checkpoint
+from hpcpipe.config import UserError
 
 KIND = "parameter"
 
@@ -24,7 +25,10 @@ def compare(path: str, other: str, json: bool = False) -> str:
 
 
 def facts(one: Checkpoint, two: Checkpoint) -> dict[str, Any]:
-    """What ``compare`` tells, as JSON-able values; null where a number is not finite."""
+    """What ``compare`` tells, as JSON-able values; null where a number is not finite. UserError for a damaged one."""
+    for checkpoint in (one, two):
+        if wrong := checkpoint.verify():
+            raise UserError(f"inspect: {checkpoint.path} is not compared: {wrong[0]}")
     names = list(dict.fromkeys([*one.tensors, *two.tensors]))
     shared = [n for n in names if n in one.tensors and n in two.tensors and one.tensors[n][0] == two.tensors[n][0]]
     rows = [{"name": name, **_change(one, two, name)} for name in shared]
@@ -63,4 +67,4 @@ def _lines(found: dict[str, Any]) -> list[str]:
     lines = [f"from {ends[0]}", f"to   {ends[1]}", "", *report.table(rows, "<>>>")]
     apart = {"only_from": "only in the first", "only_to": "only in the second", "other_shape": "of another shape"}
     lines += [f"{what}: {', '.join(found[key])}" for key, what in apart.items() if found[key]]
-    return [*lines, "", "equal, byte for byte" if found["equal"] else "not equal"]
+    return [*lines, "", "the parameters are equal, byte for byte" if found["equal"] else "not equal"]

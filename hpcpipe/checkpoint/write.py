@@ -136,20 +136,26 @@ def prune(out: Path | str, keep: int, deep: bool = True, every: int = 0) -> list
 def make_room(out: Path | str, wanted: int) -> list[str]:
     """Before a save of ``wanted`` bytes: where the disk has not so many, the oldest checkpoints go, the newest stays.
 
-    Nothing goes unless the newest is complete. Returns a sentence for each that was removed.
+    Nothing goes unless every byte of the newest is right, unless it is enough, and unless it makes room. Returns a
+    sentence for each that was removed.
     """
     notes: list[str] = []
-    found = read.complete(out)
     with suppress(OSError, UserError):
-        while len(found) > 1 and shutil.disk_usage(out).free < wanted:
-            if read.Checkpoint.open(found[-1]).verify(deep=False):
-                break
-            free = shutil.disk_usage(out).free
-            _remove(found[0])
+        found, free = read.complete(out), shutil.disk_usage(out).free
+        if len(found) < 2 or free >= wanted:
+            return notes
+        old = sum(shard.bytes for folder in found[:-1] for shard in read.Checkpoint.open(folder).shards)
+        if free + old < wanted or read.Checkpoint.open(found[-1]).verify():
+            return notes
+        for folder in found[:-1]:
+            before = free
+            _remove(folder)
             notes.append(
-                f"checkpoint: {found[0].name} is removed to make room: {wanted} bytes are to be saved, {free} were free"
+                f"checkpoint: {folder.name} is removed to make room: {wanted} bytes are to be saved, {before} were free"
             )
-            found = found[1:]
+            free = shutil.disk_usage(out).free
+            if free >= wanted or free <= before:
+                break
     return notes
 
 

@@ -150,13 +150,13 @@ class Watch:
         silent = self._silent(now)
         if me.rank in silent:
             raise OSError("what is written in the folder is not found there")
-        if me.wait is not None and me.wait.patient and not silent:
-            return None
+        recent = {rank: n for rank, n in self._answers.items() if n >= min(self._questions)}
+        if not silent and any(s.wait is not None and s.wait.patient for s in (me, *meeting.read(recent).values())):
+            return None  # all are awake, and somebody is at files: how long that takes nobody knows
         if not meeting.claim():
             self._turn = self._turn or now + max(GRACE, self.seconds / 10)
             if now < self._turn:
                 return None
-        recent = {rank: n for rank, n in self._answers.items() if n >= min(self._questions)}
         standings = meeting.read(recent)
         missing = {rank: now - min(self._questions.values()) for rank in self._ranks() if rank not in standings}
         evidence = Evidence(standings, {**missing, **silent})

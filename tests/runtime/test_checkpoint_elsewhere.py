@@ -83,7 +83,7 @@ def test_tensors_of_one_side_are_named(tmp_path: Path, capsys: pytest.CaptureFix
     assert "only in the first: b" in text and "only in the second: c" in text and "of another shape: a" in text
     assert text.endswith("not equal\n")
     assert main(["inspect", str(folders[0]), "--diff", str(folders[0])]) == 0
-    assert capsys.readouterr().out.endswith("equal, byte for byte\n")
+    assert capsys.readouterr().out.endswith("the parameters are equal, byte for byte\n")
     other = save(tmp_path / "2", 1, {**one, ("parameter", "b"): np.full(4, np.nan, np.float32)})
     assert main(["inspect", str(folders[0]), "--diff", str(other)]) == 0
     assert "not finite" in capsys.readouterr().out

@@ -19,6 +19,7 @@ from hpcpipe.job import Job
 from hpcpipe.planner.costs import Cost
 from hpcpipe.planner.plan import plan
 from hpcpipe.rehearsal import rehearse
+from hpcpipe.runtime.executor import Executor
 from hpcpipe.steps import Steps
 from small_plan import configured, planned
 from small_run import run, run_toml, write_tokens
@@ -64,6 +65,21 @@ def test_slots_are_priced_alone_and_cut_by_it() -> None:
     assert cut == [("embed", "layer.0", "layer.1", "layer.2", "layer.3", "layer.4"), ("layer.5", "head")]
     costs = [stage.cost for stage in plan(config, 2, prices=heavy).stages]
     assert costs == [pytest.approx(Cost(5, 10.1, 0)), Cost(5, 5, 5)]  # B and W of the first stage are one
+
+
+def test_slots_are_priced_as_they_are_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss makes its gradients only for who trains."""
+    made: list[Executor] = []
+
+    class Kept(Executor):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(measure, "Executor", Kept)
+    measure.prices(configured("untied"), open_backend("cpu", 1))
+    keys = [key for executor in made if (key := executor.input("key", 0)) is not None]
+    assert len(made) == 3 and [int(key[3]) for key in keys] == [1]
 
 
 def test_a_measured_cut_gives_the_same_bits(tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hpcpipe.checkpoint import read, write
 from hpcpipe.checkpoint.lock import FILE, Lock
 from hpcpipe.config import UserError
+from hpcpipe.runtime.optimizer import AdamW
 from hpcpipe.steps import Steps
 from small_run import run, write_tokens
 from tests.runtime.checkpoint_state import save, state
@@ -114,6 +116,47 @@ def test_what_a_writer_stumbles_over_is_told_and_the_run_goes_on(
     assert [f.name for f in read.step_folders(tmp_path / "run")] == ["step_00000004"]
 
 
+def test_nobody_writes_before_there_is_room(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    whole = write.write_shard
+
+    def clearing(*_: Any) -> list[str]:
+        time.sleep(0.2)
+        told.append("room")
+        return []
+
+    def writing(folder: Path, index: int, pieces: Any) -> Any:
+        told.append("write")
+        return whole(folder, index, pieces)
+
+    monkeypatch.setattr(write, "make_room", clearing)
+    monkeypatch.setattr(write, "write_shard", writing)
+    run(data, tmp_path / "run", 2, train__steps=4, checkpoint__every=2)
+    assert told == ["room", "write", "write"] * 2
+
+
+@pytest.mark.usefixtures("slow")
+def test_what_is_being_written_becomes_a_checkpoint_though_the_run_ends_badly(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, calls = AdamW.squares, [0]
+
+    def squares(self: AdamW, into: np.ndarray) -> None:
+        whole(self, into)
+        calls[0] += 1
+        if calls[0] > 8:  # two ranks: some each for the rehearsal, then one for each of two steps
+            into[:] = np.nan
+
+    monkeypatch.setattr(AdamW, "squares", squares)
+    with pytest.raises(UserError, match=r"step \d+: .* are not finite"):
+        run(data, tmp_path / "run", 2, train__steps=50, checkpoint__every=1, checkpoint__keep=0)
+    found = read.complete(tmp_path / "run")
+    assert found == read.step_folders(tmp_path / "run")
+    for folder in found:
+        assert read.Checkpoint.open(folder).verify() == []
+    Lock(tmp_path / "run").release()  # nobody holds the folder any more
+
+
 # --- what is kept
 
 
@@ -137,9 +180,16 @@ def test_on_a_full_disk_the_oldest_go_and_the_newest_stays(tmp_path: Path, monke
     full(monkeypatch, tmp_path, 4)
     assert [line.split()[1] for line in write.make_room(tmp_path, 200)] == ["step_00000001", "step_00000002"]
     assert [read.number(f) for f in read.complete(tmp_path)] == [3, 4]
-    assert len(write.make_room(tmp_path, 10**9)) == 1
-    assert [read.number(f) for f in read.complete(tmp_path)] == [4]
-    assert write.make_room(tmp_path, 10**9) == []
+    assert write.make_room(tmp_path, 10**9) == []  # it would not be enough
+    assert [read.number(f) for f in read.complete(tmp_path)] == [3, 4]
+
+
+def test_what_makes_no_room_ends_the_removing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, state(step))
+    monkeypatch.setattr(write.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))  # as with snapshots
+    assert len(write.make_room(tmp_path, 200)) == 1
+    assert [read.number(f) for f in read.complete(tmp_path)] == [2, 3, 4]
 
 
 def test_nothing_goes_for_a_newest_that_is_not_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

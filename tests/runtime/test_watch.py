@@ -371,6 +371,18 @@ def test_at_a_checkpoint_ranks_wait_as_long_as_the_others_answer(tmp_path: Path)
     )
 
 
+def test_who_waits_for_a_rank_that_is_at_files_waits_as_long_as_it_answers(tmp_path: Path) -> None:
+    """A rank writes its share of a checkpoint and holds its update back; the others have gone on to the next step."""
+    disk = Awaited("the checkpoint of step 1 to be written here", (), patient=True)
+    crowd = Crowd(tmp_path, hang({1: outside(disk)}))
+    crowd.until(1000)
+    assert not crowd.said and not crowd.ended
+    crowd.stopped = {1}
+    crowd.until(1100)
+    assert sorted(crowd.said) == [0, 2, 3]
+    assert all("rank 1 (host a) has not answered for " in text for _, text in crowd.said.values())
+
+
 def test_a_rank_that_wakes_up_too_late_blames_nobody(tmp_path: Path) -> None:
     """Launchers wake a stopped process before they kill it."""
     crowd = Crowd(tmp_path, hang())
