@@ -340,15 +340,21 @@ def test_recompute_changes_no_bit(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "settings"),
-    [(1, {"pipeline__schedule": "gpipe"}), (2, {}), (2, {"pipeline__schedule": "zb_v"}), (4, {})],
+    ("ranks", "model", "settings", "layout"),
+    [
+        (1, "gpt2", {}, {"pipeline__schedule": "gpipe"}),
+        (2, "gpt2", {}, {}),
+        (2, "gpt2", {}, {"pipeline__schedule": "zb_v"}),
+        (4, "gpt2", {"model__dropout": 0.1}, {}),
+        (3, "llama", {"train__recompute": "block"}, {}),
+    ],
 )
 def test_activations_in_half_the_bytes_have_the_same_bits_on_every_layout(
-    data: Path, tmp_path: Path, ranks: int, settings: dict[str, object]
+    data: Path, tmp_path: Path, ranks: int, model: str, settings: dict[str, object], layout: dict[str, object]
 ) -> None:
-    kept = {"train__activations": "bfloat16", "train__steps": 5}
-    one = run(data, tmp_path / "one", 1, "gpt2", **kept)
-    many = run(data, tmp_path / "many", ranks, "gpt2", **kept, **settings)
+    kept = {"train__activations": "bfloat16", "train__steps": 5, **settings}
+    one = run(data, tmp_path / "one", 1, model, **kept)
+    many = run(data, tmp_path / "many", ranks, model, **kept, **layout)
     assert many.losses == one.losses and many.tensors == one.tensors
 
 
