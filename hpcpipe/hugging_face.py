@@ -7,6 +7,7 @@ fine: what is exported lies in files of a few GiB, and of what is imported one t
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -160,6 +161,9 @@ def _write_file(file: Path, tensors: Mapping[str, Array], dtype: str) -> None:
         safetensors.numpy.save_file({n: a.astype(kind) for n, a in tensors.items()}, str(part), {"format": "pt"})
     except safetensors.SafetensorError as error:  # a full disk, too, comes as one
         raise OSError(str(error)) from None
+    mask = os.umask(0)
+    os.umask(mask)
+    part.chmod(0o666 & ~mask)  # the library gives it to its owner alone
     part.replace(file)
 
 

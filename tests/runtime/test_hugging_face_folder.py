@@ -65,6 +65,8 @@ def test_an_export_is_their_weights_byte_for_byte(case: Any, tmp_path: Path) -> 
         assert found[name] == ("F32", value.shape, np.ascontiguousarray(value).tobytes())
     with safe_open(tmp_path / "out" / SHARD, framework="numpy") as file:
         assert file.metadata() == {"format": "pt"}
+    modes = {(tmp_path / "out" / name).stat().st_mode for name in (SHARD, CONFIG)}
+    assert len(modes) == 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
