@@ -8,7 +8,6 @@ Turns alternate over the layouts; tokens/s are those of the run's own record, wi
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -23,7 +22,7 @@ import numpy as np
 
 from benchmarks.peer_hpcpipe import config_of, microbatch_of, write_dataset
 from benchmarks.peer_hpcpipe_pipeline import launcher
-from benchmarks.shape import Job, Shape, parse, synthetic_tokens
+from benchmarks.shape import Job, Shape, arguments, parse, synthetic_tokens
 from benchmarks.step import machine, spread
 from hpcpipe.config import to_toml
 
@@ -51,12 +50,7 @@ def layouts(cores: int) -> tuple[Layout, ...]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0."""
-    parser = argparse.ArgumentParser(prog="benchmarks.layouts", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="three rounds of fewer steps")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="writes everything that was measured")
-    parser.add_argument("--shape", type=parse, action="append", metavar="L,H,C,T,B,V[,K]")
-    parser.add_argument("--rounds", type=int, help="default 7, or 3 with --quick")
-    args = parser.parse_args(argv)
+    args = arguments("benchmarks.layouts", __doc__, quick="three rounds of fewer steps", rounds="7").parse_args(argv)
     rounds = args.rounds or (3 if args.quick else 7)
     cores = len(os.sched_getaffinity(0))
     print(f"{machine()}, {cores} cores, {rounds} rounds; a ratio is over one rank with all cores, within a round")

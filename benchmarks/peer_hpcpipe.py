@@ -101,6 +101,7 @@ def build(job: Job, threads: int, variant: str) -> tuple[Run, str]:
     arena = training.mine.memory.total / 2**20
     level = getattr(training.backend, "level", training.backend.name)
     about = f"{level}, microbatches of {microbatch}, arena {arena:.0f} MiB, {training.backend.threads} threads"
+    about += f", {training.plan.flops / 1e9:.1f} GFLOP recorded (norms, activations and softmax among them)"
     if training.backend.threads != threads:
         raise ValueError(f"hpcpipe runs {training.backend.threads} threads, the contest is for {threads}")
     return run, about

@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks.contest import vendor_shim
 from benchmarks.peak import openblas_settings
 from benchmarks.peer_hpcpipe import microbatch_of
-from benchmarks.shape import Shape, parse
+from benchmarks.shape import Shape, arguments, parse
 from benchmarks.step import PEERS, machine
 from benchmarks.worker import die_with_parent, private_stdout, send
 from hpcpipe.backends.cpu import CpuBackend
@@ -38,7 +38,7 @@ SHAPES = ("4,4,128,64,12,65", "8,8,512,256,8,8192", "8,8,512,1024,2,32000,2")
 SECONDS = 0.06  # of a turn
 ROW, PLAIN, TURNED = 101, 111, 112
 Array = np.ndarray
-Multiply = Callable[[], object]
+Multiply = tuple[Callable[[], object], Array]  # a product without arguments, and where its result lies
 
 
 class Product(NamedTuple):
@@ -82,7 +82,7 @@ def _gemm(call: Callable[..., Any], p: Product, c: Array, a: Array, b: Array) ->
     k = {"fwd": p.c, "dx": p.o, "dw": p.n}[p.which]
     pa, pb, pc = (x.ctypes.data_as(ctypes.c_void_p) for x in (a, b, c))
     beta = float(p.which == "dw")
-    return lambda: call(*turned, m, n, k, pa, a.shape[1], pb, b.shape[1], beta, pc, n)
+    return lambda: call(*turned, m, n, k, pa, a.shape[1], pb, b.shape[1], beta, pc, n), c
 
 
 def _cblas(function: Any) -> Callable[..., Any]:
@@ -126,13 +126,7 @@ def _ours(p: Product, c: Array, a: Array, b: Array) -> Multiply:
     views = [backend.array(memory, places[i], x.shape) for i, x in enumerate(buffers) if x is not None]
     for view, x in zip(views, (x for x in buffers if x is not None), strict=True):
         view[...] = x
-    run = backend.bound(handle, memory, np.zeros(1, np.int64), top)
-
-    def multiply() -> None:
-        run()
-
-    multiply.result = views[0]  # type: ignore[attr-defined]
-    return multiply
+    return backend.bound(handle, memory, np.zeros(1, np.int64), top), views[0]
 
 
 LIBRARIES: dict[str, tuple[tuple[str, ...], Any, str]] = {  # name -> files, wrapper, function
@@ -181,14 +175,14 @@ def worker(name: str, path: str) -> None:
         if name == "openblas":
             library.scipy_openblas_set_num_threads(len(os.sched_getaffinity(0)))
         call = wrapper(getattr(library, function))
-    now: tuple[Product, Multiply] | None = None
+    now: tuple[Product, Callable[[], object]] | None = None
     for line in sys.stdin:
         p = Product(*json.loads(line))
         if now is None or now[0] != p:
             c, a, b, want = p.operands()
-            multiply = _ours(p, c, a, b) if name == "hpcpipe" else _gemm(call, p, c, a, b)
+            multiply, result = _ours(p, c, a, b) if name == "hpcpipe" else _gemm(call, p, c, a, b)
             multiply()
-            error = np.abs(getattr(multiply, "result", c) - want).max() / np.abs(want).max()
+            error = np.abs(result - want).max() / np.abs(want).max()
             if error > 1e-4:
                 send(out, {"error": f"{name} is wrong by {error:.1e} at {p}"})
                 return
@@ -196,7 +190,7 @@ def worker(name: str, path: str) -> None:
         send(out, {"seconds": _seconds(now[1])})
 
 
-def _seconds(multiply: Multiply) -> float:
+def _seconds(multiply: Callable[[], object]) -> float:
     """The median time of one product, over a turn of about SECONDS."""
     times, end = [], time.perf_counter() + SECONDS
     while time.perf_counter() < end or len(times) < 3:
@@ -242,11 +236,7 @@ class Library:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, or 2 where nothing is there to compare with."""
-    parser = argparse.ArgumentParser(prog="benchmarks.products", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="the first two shapes, three rounds")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="writes everything that was measured")
-    parser.add_argument("--shape", type=parse, action="append", metavar="L,H,C,T,B,V[,K]")
-    parser.add_argument("--rounds", type=int, help="default 5")
+    parser = arguments("benchmarks.products", __doc__, quick="the first two shapes, three rounds", rounds="5")
     parser.add_argument("--in", dest="folders", type=Path, nargs="*", default=[], help="look for libraries here, too")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

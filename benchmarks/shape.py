@@ -7,6 +7,7 @@ Parameter names and layouts are those of hpcpipe's checkpoints: matrices are [ou
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,6 +113,16 @@ def _gpt2(shape: Shape) -> dict[str, tuple[int, ...]]:
         "mlp.up.weight": (4 * c, c), "mlp.up.bias": (4 * c,),
         "mlp.down.weight": (c, 4 * c), "mlp.down.bias": (c,),
     }  # fmt: skip
+
+
+def arguments(name: str, doc: str | None, quick: str, rounds: str) -> argparse.ArgumentParser:
+    """What a contest over shapes can be told: ``quick`` says what that leaves out, ``rounds`` their usual number."""
+    parser = argparse.ArgumentParser(prog=name, description=(doc or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="writes everything that was measured")
+    parser.add_argument("--shape", type=parse, action="append", metavar="L,H,C,T,B,V[,K]")
+    parser.add_argument("--rounds", type=int, help=f"default {rounds}, or 3 with --quick")
+    return parser
 
 
 def parse(text: str) -> Shape:

@@ -98,7 +98,8 @@ def contest(shape: Shape, args: argparse.Namespace, threads: int) -> dict[str, A
     parameters = sum(size[0] * (size[1] if len(size) > 1 else 1) for size in shape.parameters.values())
     print(f"\n{shape} (layers, heads, width, length, sequences, vocabulary, for Llama its key/value heads):")
     print(f"{parameters / 1e6:.2f} M parameters,", end=" ")
-    print(f"{shape.tokens} tokens and {shape.flops / 1e9:.1f} GFLOP a step, {steps} steps a turn", flush=True)
+    print(f"{shape.tokens} tokens and {shape.flops / 1e9:.1f} GFLOP a step, {steps} steps a turn; "
+          "counted are the products of the mathematics, causal attention's visible half, once", flush=True)
     with tempfile.TemporaryDirectory(prefix="hpcpipe-bench-") as folder:
         job = Path(folder) / "job.npz"
         write(job, shape)

@@ -65,7 +65,7 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "head.weight": ("lm_head.weight",),
     },
 }
-# Theirs that are no parameters: masks and angles that old versions saved, and a tied head saved once more.
+# Theirs that are no parameters: masks and angles that old versions saved.
 BUFFERS = re.compile(r".*\.(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
 
 
@@ -158,7 +158,8 @@ def _write_file(file: Path, tensors: Mapping[str, Array], dtype: str) -> None:
     part = file.with_name(f"{file.name}.part")
     kind = types.bfloat16 if dtype == "bfloat16" else dtype
     try:
-        safetensors.numpy.save_file({n: a.astype(kind) for n, a in tensors.items()}, str(part), {"format": "pt"})
+        told = {name: array.astype(kind, copy=False) for name, array in tensors.items()}
+        safetensors.numpy.save_file(told, str(part), {"format": "pt"})
     except safetensors.SafetensorError as error:  # a full disk, too, comes as one
         raise OSError(str(error)) from None
     mask = os.umask(0)
@@ -232,8 +233,9 @@ def _pieces(m: ModelConfig, tensors: _Tensors) -> Iterator[write.Piece]:
                 raise UserError(f"import: {source.name} is {list(theirs.shape)}, config.json says {list(box.shape)}")
             box[...] = theirs.T if source.turned else theirs
         yield write.Piece(name, "parameter", spec.shape, (0,) * value.ndim, value)
-        for kind in list(KINDS)[1:]:
-            yield write.Piece(name, kind, spec.shape, (0,) * value.ndim, np.zeros(spec.shape, np.float32))
+        value[...] = 0
+        for kind in list(KINDS)[1:]:  # the moments
+            yield write.Piece(name, kind, spec.shape, (0,) * value.ndim, value)
 
 
 class _Tensors:
@@ -249,21 +251,20 @@ class _Tensors:
             names = sorted(set(where.values()))
         self.where: dict[str, Path] = {}
         self.types: set[str] = set()
-        self.bare = False
         for name in names:
             try:
                 with self.library.safe_open(folder / name, framework="numpy") as file:
                     self.where |= dict.fromkeys(file.keys(), folder / name)
             except FileNotFoundError:
                 raise UserError(f"import: {folder / name} is missing; its weights must be in safetensors") from None
-            except Exception as error:  # the library has its own kind
+            except (OSError, self.library.SafetensorError) as error:
                 raise UserError(f"import: {folder / name} is damaged: {error}") from None
         self.bare = "wte.weight" in self.where  # as GPT-2 lies on the hub: without the prefix
 
     @property
     def dtype(self) -> str:
         """What they are in, if that is one type; else float32."""
-        return self.types.copy().pop() if len(self.types) == 1 else "float32"
+        return next(iter(self.types)) if len(self.types) == 1 else "float32"
 
     def read(self, name: str) -> Array:
         """A tensor as float32."""

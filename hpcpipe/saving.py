@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import Thread
 from time import perf_counter
 
@@ -83,11 +84,17 @@ class _Save:
     # --- on every rank of the first replica
 
     def _write(self) -> None:
-        try:
+        with self._heard():
             self.record = write.write_shard(self.folder, self.job.place, list(_pieces(self.job)))
+
+    @contextmanager
+    def _heard(self) -> Iterator[None]:
+        """Whatever goes wrong inside is kept as a sentence: in a thread nobody would hear of it."""
+        try:
+            yield
         except UserError as problem:
             self.error = str(problem)
-        except Exception as problem:  # in a thread nobody would hear of it
+        except Exception as problem:
             self.error = f"{self.what} failed: {type(problem).__name__}: {problem}"
 
     @property
@@ -122,14 +129,10 @@ class _Save:
 
     def _commit(self, records: list[ShardRecord]) -> None:
         keep = self.job.config.checkpoint
-        try:
+        with self._heard():
             if self.error is None:
                 write.commit(self.folder, records, self.attributes)
                 self.lines += write.prune(self.job.out, keep.keep, deep=False, every=keep.keep_every)
-        except UserError as problem:
-            self.error = str(problem)
-        except Exception as problem:
-            self.error = f"{self.what} failed: {type(problem).__name__}: {problem}"
         if self.error:
             write.discard(self.folder)
 

@@ -1,10 +1,10 @@
 """The steps of a run: inputs, the pipeline, the sum over all ranks, the update, and the account of where the time went.
 
 The update needs the norm of the whole gradient, and so the slowest rank. Where the schedule gains by it, a rank does
-not wait: it updates on the guess that nothing will be clipped, begins the next step, and asks before that step's first
-W, when the answer is there. A wrong guess voids the step and everything is done again, so the bits are always those of
-the plain order; after a step that clipped, the next update waits (after Qi et al. 2023, section 4, post-validation;
-nothing is approximated or undone by arithmetic here).
+not wait: it updates on the guess that nothing will be clipped, begins the next step, and asks before that step changes
+a gradient, when the answer is there. A wrong guess voids the step and everything is done again, so the bits are always
+those of the plain order; after a step that clipped, the next update waits (after Qi et al. 2023, section 4,
+post-validation; nothing is approximated or undone by arithmetic here).
 """
 
 from __future__ import annotations

@@ -236,7 +236,8 @@ def _check_limit(limit: float, found: Plan) -> None:
         rank = max(range(len(found.ranks)), key=lambda r: found.ranks[r].memory.total)
         raise UserError(
             f"plan: rank {rank} needs {found.most / GIB:.3g} GiB, pipeline.memory is {limit / GIB:.3g}; try a schedule "
-            'that holds less (v_half, v_min), train.microbatch = 1, train.recompute = "block" or more ranks'
+            'that holds less (v_half, v_min), train.microbatch = 1, train.activations = "bfloat16", '
+            'train.recompute = "block" or more ranks'
         )
 
 

@@ -28,7 +28,7 @@ enum {
   HP_BLOCK = 120,         /* rows of a that stay in the second-level cache, a multiple of HP_TALL */
   HP_ROWS_AT_ONCE = 1032, /* rows of a that are copied at once, at most, likewise */
   HP_STRIP = 96,          /* columns of b that one thread copies at once, at most; a multiple of HP_WIDE */
-  HP_FEW = 4 * HP_STRIP   /* columns of b up to which rows of a are read where they lie: measured, see benchmarks */
+  HP_FEW = 4 * HP_STRIP   /* columns of b up to which a's rows are read where they lie: above, copying them paid */
 };
 typedef float hp_vec __attribute__((vector_size(4 * HP_VECTOR), aligned(4), may_alias));
 #if defined(__clang__)

@@ -284,7 +284,7 @@ TINY = {
 
 
 def model_rig(m: ModelConfig, change: Any = lambda r: r, **options: object) -> Rig:
-    rig = Rig(model.chain(m, 2, T, scale=1 / N, **options), change=change)  # type: ignore[arg-type]
+    rig = Rig(model.chain(m, 2, T, scale=1 / N, **options), change=change)
     rng = np.random.default_rng(3)
     for name, tensor in rig.recording.params.items():
         # Larger than at the start of a training run, so that no part of the model is nearly linear.
