@@ -60,7 +60,7 @@ def _change(one: Checkpoint, two: Checkpoint, name: str) -> dict[str, Any]:
 
 def _lines(found: dict[str, Any]) -> list[str]:
     ends = [f"step {found[end]['step']} ({found[end]['path']})" for end in ("from", "to")]
-    rows = [["parameter", "relative change", "rms", "max |x|"]]
+    rows = [["parameter", "relative change", "rms of it", "largest"]]
     for row in found["tensors"]:
         cells = [report.number(row[key]) or "not finite" for key in ("relative", "rms", "max")]
         rows.append([row["name"], *(["="] * len(cells) if row["equal"] else cells)])
