@@ -4,7 +4,7 @@ RUN = .venv/bin/python
 SETUP = @command -v $(PYTHON) >/dev/null || { echo "setup: there is no $(PYTHON) on the PATH: install Python 3.10 or newer \
 (Debian: apt install python3 python3-venv)."; exit 1; }; $(PYTHON) .ci/bootstrap.py
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
-.PHONY: build demo test test-long test-peers bench lint clean distclean
+.PHONY: build demo test test-long test-gpu test-peers bench cuda-check lint clean distclean
 
 build: ## virtual environment, MPI, packages, native library
 	$(SETUP)
@@ -14,12 +14,15 @@ demo: build ## the main job on real text: prepare, train on two ranks, inspect, 
 
 test: ## lint and every test that takes seconds, under both MPIs
 	$(SETUP) mpich
-	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory lint cuda-check
 	@$(RUN) -m pytest -q -m "not long and not peers"
 
 test-long: ## the tests that take minutes
 	$(SETUP) mpich
 	@$(RUN) -m pytest -q -m "long and not peers"
+
+test-gpu: build ## on this machine's GPU (pip install -e .[cuda12] or .[cuda13] into .venv first)
+	@$(RUN) -m pytest -q -m gpu
 
 test-peers: ## against PyTorch and transformers (downloads them)
 	$(SETUP) peers
@@ -29,12 +32,15 @@ bench: ## beside JAX and PyTorch on the same cores (downloads them)
 	$(SETUP) peers
 	@$(RUN) -m benchmarks.step
 
+cuda-check: build ## compile native/cuda for every architecture: registers, shared memory, spills (needs nvcc)
+	@$(RUN) .ci/cuda_check.py
+
 lint: build ## ruff and mypy
 	@$(RUN) -m ruff check -q .
 	@$(RUN) -m mypy
 
 clean: ## what was built and what tests and demo left
-	@rm -rf build hpcpipe/native/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf build hpcpipe/native/*.so hpcpipe/native/cuda hpcpipe/native/include *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -not -path "./.venv*" -prune -exec rm -rf {} +
 
 distclean: clean ## and the environments

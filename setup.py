@@ -18,6 +18,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -25,6 +26,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 SOURCES = sorted((ROOT / "native" / "cpu").glob("*.c"))
 HEADERS = sorted((ROOT / "native").rglob("*.h"))
+GPU = sorted([*(ROOT / "native" / "cuda").glob("*.cu"), *(ROOT / "native" / "cuda").glob("*.cuh")])
 # No -ffast-math: sums keep their order. What is relaxed is errno, traps, and a * b + c in two roundings.
 FLAGS = ["-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 FLAGS += ["-fopenmp", "-fPIC", "-Wall", "-Wextra"]
@@ -68,12 +70,17 @@ def accepts(cc: list[str], program: str, flags: list[str]) -> bool:
 
 def dispatch() -> str:
     """C source generated from the kernel table, which is loaded by its path: the package is not installed yet."""
-    spec = importlib.util.spec_from_file_location("kernel_table", ROOT / "hpcpipe" / "backends" / "kernels.py")
+    return str(module("kernel_table", ROOT / "hpcpipe" / "backends" / "kernels.py").dispatch_source())
+
+
+def module(name: str, path: Path) -> ModuleType:
+    """A file of the package that knows only the standard library, loaded before the package is installed."""
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
-    table = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = table
-    spec.loader.exec_module(table)
-    return str(table.dispatch_source())
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = found
+    spec.loader.exec_module(found)
+    return found
 
 
 def stamp(cc: list[str], flags: list[str], generated: str) -> str:
@@ -108,6 +115,20 @@ def run(command: list[str]) -> None:
         sys.exit(f"hpcpipe: the compiler failed on {shlex.join(command)}.")
 
 
+def build_cuda(native: Path, in_place: bool) -> None:
+    """Ships the GPU code; HPCPIPE_CUDA_ARCHS="sm_90a sm_103a" also compiles it ahead, otherwise the first run does."""
+    for path in [] if in_place else [*GPU, *(ROOT / "native" / "include").glob("*.h")]:
+        (native / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, native / path.parent.name)
+    archs = os.environ.get("HPCPIPE_CUDA_ARCHS", "").replace(",", " ").split()
+    modules = module("gpu_modules", ROOT / "hpcpipe" / "backends" / "cuda" / "modules.py") if archs else None
+    for arch in archs:
+        try:
+            modules.build(arch, native / "cuda", modules.Sources(ROOT / "native" / "cuda", ROOT / "native" / "include"))
+        except modules.CompileError as error:
+            sys.exit(f"hpcpipe: HPCPIPE_CUDA_ARCHS: {error}")
+
+
 class BuildNative(build_ext):
     """`build_ext` for libraries that know no Python: they are not extension modules, nothing of the original runs."""
 
@@ -123,6 +144,7 @@ class BuildNative(build_ext):
                 continue
             print(f"building {target.name}")
             compile_level(cc, flags, generated, mark, target)
+        build_cuda(folder, in_place)
 
     def get_outputs(self) -> list[str]:
         return [str(Path(self.build_lib) / "hpcpipe" / "native" / f"libhpcpipe-{level}.so") for level in levels()]
@@ -137,6 +159,6 @@ def relative(paths: list[Path]) -> list[str]:
 
 setup(
     # Named so that a source distribution contains the files and a wheel knows that it is for one kind of machine.
-    ext_modules=[Extension("hpcpipe.native.library", relative(SOURCES), depends=relative(HEADERS))],
+    ext_modules=[Extension("hpcpipe.native.library", relative(SOURCES), depends=relative(HEADERS + GPU))],
     cmdclass={"build_ext": BuildNative},
 )

@@ -62,6 +62,10 @@ class TrainConfig:
         "float32", "how they wait for the backward pass: float32, or bfloat16 in half the bytes",
         one_of=("float32", "bfloat16"),
     )  # fmt: skip
+    compute: str = value(
+        "float32", "what products multiply: float32, or bfloat16 (sums and master weights stay float32; on a GPU)",
+        one_of=("float32", "bfloat16"),
+    )  # fmt: skip
     log_every: int = value(10, "steps between lines of progress", least=1, result=False)
 
 
@@ -126,8 +130,15 @@ class CheckpointConfig:
 class DeviceConfig:
     """What computes."""
 
-    backend: str = value("cpu", "cpu (native library) or reference (numpy)", one_of=("cpu", "reference"))
+    backend: str = value(
+        "cpu", "cpu (native library), cuda (a GPU for each rank) or reference (numpy)",
+        one_of=("cpu", "cuda", "reference"),
+    )  # fmt: skip
     threads: int = value(0, "threads per rank; 0 = this rank's share of the cores", least=0, most=1024, result=False)
+    transport: str = value(
+        "auto", "how messages leave a GPU: nccl, mpi (CUDA-aware), staged (through pinned host memory) or auto",
+        one_of=("auto", "nccl", "mpi", "staged"), result=False,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -255,6 +266,13 @@ def _agree(config: Config, source: str) -> None:
             f"{source}: pipeline.cut names {len(pipeline.cut)} stages, but pipeline.stages is {pipeline.stages}; "
             "make them agree"
         )
+    if train.compute == "bfloat16" and config.device.backend == "cpu":
+        raise UserError(
+            f"{source}: train.compute is bfloat16, but the CPU kernels multiply float32; use "
+            'device.backend = "cuda", or train.activations = "bfloat16" for the memory alone'
+        )
+    if train.compute == "bfloat16" and train.activations == "bfloat16":
+        raise UserError(f"{source}: train.compute = bfloat16 keeps bfloat16 already; leave train.activations out")
     try:
         microbatches(train, max(1, pipeline.replicas))
     except UserError as error:

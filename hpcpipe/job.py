@@ -9,20 +9,19 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from hpcpipe import measure, model, resume
-from hpcpipe.backends.backend import open_backend
+from hpcpipe import measure, model, resume, seat
 from hpcpipe.checkpoint.layout import KINDS
 from hpcpipe.checkpoint.lock import Lock
 from hpcpipe.comm import clock
 from hpcpipe.comm.link import Link
 from hpcpipe.config import Config, UserError, digest, grid
 from hpcpipe.data import TOKENIZER, Dataset
-from hpcpipe.placement import cores, memory
 from hpcpipe.planner.plan import Plan, plan, resolve
 from hpcpipe.progress import DONE, Progress
 from hpcpipe.runtime.culprit import Crew
@@ -42,13 +41,13 @@ class Job:
     """Everything a rank holds: plan, arena, data, optimizer, the groups it belongs to, and where the run stands."""
 
     def __init__(self, config: Config, link: Link) -> None:
-        self.link = link
+        self.link: Any = link
         self.unsaved: str | None = None
         # What saving has to say in a step: to be asked before an update, and whether this rank's share is written.
         self.hold: Callable[[], None] = lambda: None
         self.written: Callable[[], bool] = lambda: False
-        threads = self._threads(config)
-        self._prepare(config, threads)
+        self._prepare(config)
+        link = self.link  # from here on the one that knows the device's memory, too
         self._check_alike()
         ranks, replicas = len(self.plan.ranks), self.plan.replicas
         self.replica, self.place = divmod(link.rank, ranks)
@@ -66,6 +65,7 @@ class Job:
         self.step = self.resumed.step if self.resumed else 0
         self.loss = float(self.resumed.attributes["loss"]) if self.resumed else float("nan")
         self._together(self._allocate)
+        self.chosen = self.seat.ready(dict.fromkeys((self.pipeline, *self.copies.values())))
         self._together(self._load)
         self._peak = self._measure_peak()
         self.progress: Progress | None = None
@@ -84,15 +84,6 @@ class Job:
         self._together(self._write_plan)
         self.watch.start()
 
-    def _threads(self, config: Config) -> int:
-        """Threads of this rank; cores are shared out among the ranks of a node that may use the same ones."""
-        masks = self._everybody((self.link.hostname, cores.allowed()))
-        self.hosts = [host for host, _ in masks]
-        mine = cores.share(masks, self.link.rank)
-        if not config.device.threads:
-            cores.bind(mine)
-        return config.device.threads or len(mine)
-
     def _everybody(self, value: T) -> list[T]:
         """Every rank's value, on every rank."""
         return self.link.bcast(self.link.gather(value) or [])
@@ -106,19 +97,20 @@ class Job:
             error = str(problem)
         self.link.agree(error)
 
-    def _prepare(self, config: Config, threads: int) -> None:
+    def _prepare(self, config: Config) -> None:
         def open_all() -> None:
             grid(config.pipeline, self.link.size)
             self.data = Dataset.open(config.data.path)
             self.config = resolve(config, self.data.vocab)
-            self.backend = open_backend(config.device.backend, threads)
 
         def lay_out() -> None:
-            self.plan: Plan = plan(self.config, self.link.size, threads, self.backend.real, prices=prices)
+            self.plan: Plan = plan(self.config, self.link.size, self.seat.threads, self.backend.real, prices=prices)
             self.out = Path(config.out)
             self.data.check(self.config)
 
         self._together(open_all)
+        self.seat = seat.take(self.config, self.link, TAGS_OF_EVALUATION)
+        self.backend, self.link, self.hosts = self.seat.backend, self.seat.link, self.seat.hosts
         measured = config.pipeline.cut == "measured"
         prices = measure.prices(self.config, self.backend) if measured and self.link.rank == 0 else None
         prices = self.link.bcast(prices)
@@ -155,7 +147,7 @@ class Job:
 
     def _allocate(self) -> None:
         p, mine, config = self.plan, self.mine, self.config
-        _check_memory(mine.memory.total, self.link)
+        self.seat.check_memory(mine.memory.total)
         depth = p.schedule.depth
         stages = {s: Stage(p.stages[s % depth].recording, mine.layouts[s]) for s in mine.stages}
         self.executor = Executor(mine.memory, stages, self.backend, self.pipeline, self.shift)
@@ -201,7 +193,8 @@ class Job:
                 views[0][...] = model.initial(owner, specs[owner], self.config.seed)
             else:
                 for kind, view in zip(KINDS, views, strict=True):
-                    self.resumed.read(kind, owner, view)
+                    self.backend.load(view, partial(self.resumed.read, kind, owner))
+        self.optimizer.refresh()
 
     def views(self, name: str) -> tuple[Any, Any, Any]:
         """Parameter, first and second moment of one tensor, in place."""
@@ -250,7 +243,7 @@ class Job:
         )
         if len(self.levels) > 1:
             yield f"ranks use different instructions ({', '.join(self.levels)}): another layout gives other bits"
-        yield from self.warnings
+        yield from (*self.seat.lines, *self.chosen, *self.warnings)
         if self.resumed is not None:
             changed = resume.changes(self.resumed, c, self.data.digest, p.copies)
             yield f"resumed from {self.resumed.path} at step {self.step}" + (
@@ -384,13 +377,3 @@ class Job:
                 self.progress.say(line)
         else:
             self.progress.say(f"nothing to do: {self.out} has {self.step} steps already, train.steps is {steps}")
-
-
-def _check_memory(need: int, link: Link) -> None:
-    """Refuses an arena that this node cannot hold; ``need`` is this rank's bytes."""
-    free = memory.free_bytes()
-    if free is not None and need > (have := free // link.node_ranks()[1]):
-        raise UserError(
-            f"rank {link.rank} needs {need / 2**30:.1f} GiB, its share of this machine's free memory is "
-            f'{have / 2**30:.1f} GiB; try train.microbatch = 1, train.recompute = "block" or more pipeline stages'
-        )

@@ -28,13 +28,16 @@ def _price(slot: Slot, backend: Any) -> Cost:
     """A stage of its own, on zeros: what a pass takes does not depend on the numbers."""
     recording, params = slot.recording, arena.parameters({0: slot.layer}, {}, 1)
     inputs = arena.input_offsets([(0, recording)])
-    layout = arena.layout(recording, params, inputs[0], backend.real)
+    layout = arena.layout(recording, params, inputs[0], backend.real, on_device=backend.on_device)
     counts = {(0, pool): 1 for pool in POOLS}
-    memory = arena.arrange({0: layout}, counts, params, inputs, 1, 0, backend.threads, backend.real)
+    memory = arena.arrange(
+        {0: layout}, counts, params, inputs, 1, 0, backend.threads, backend.real, half=bool(recording.halves)
+    )
     executor = Executor(memory, {0: Stage(recording, layout)}, backend, LocalWorld(1).links[0])
     key = executor.input("key", 0)
     if key is not None:
         key[3] = 1  # as in training: dropout drops, the loss makes its gradients
+    executor.upload()
     bases = executor.bases(Instruction("F", 0, 0, tuple(program.Slot(0, pool, 0) for pool in POOLS)))
 
     def seconds(name: Pass) -> float:

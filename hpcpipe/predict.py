@@ -38,14 +38,14 @@ class Predictor:
         recording = record(chain, None, backward=False)
         params = arena.parameters({0: chain}, model.ties(config), 1)
         inputs = arena.input_offsets([(0, recording)])
-        places = arena.layout(recording, params, inputs[0], backend.real)
+        places = arena.layout(recording, params, inputs[0], backend.real, on_device=backend.on_device)
         memory = arena.arrange(
             {0: places}, {(0, pool): 1 for pool in POOLS}, params, inputs, 1, 0, backend.threads, backend.real
         )
         self.executor = Executor(memory, {0: Stage(recording, places)}, backend, LocalWorld(1).links[0])
         for name in params.owned:
             view = self.executor.array("PARAM", backend.real * params.param[name], params.shapes[name])
-            checkpoint.read("parameter", name, view)
+            backend.load(view, lambda values, name=name: checkpoint.read("parameter", name, values))
         slots = tuple(Slot(0, pool, 0) for pool in POOLS)
         self.bases = self.executor.bases(Instruction("F", 0, 0, slots))
         self.ids: Any = self.executor.input("ids", 0)
@@ -59,5 +59,6 @@ class Predictor:
         executor = self.executor
         self.ids[:] = 0
         self.ids[: len(ids)] = ids
+        executor.upload()
         executor.backend.run(executor.passes[0, "F"], executor.arena, self.bases, executor.memory.work)
         return np.asarray(self.logits[: len(ids)])

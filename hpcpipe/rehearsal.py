@@ -12,6 +12,7 @@ from time import perf_counter
 import numpy as np
 
 from hpcpipe.job import Job
+from hpcpipe.planner import slots
 from hpcpipe.schedule.engine import Costs
 from hpcpipe.schedule.op import KINDS
 from hpcpipe.schedule.replay import replay
@@ -23,6 +24,7 @@ ROUNDS = 4  # the first one meets cold memory and is not counted
 def rehearse(job: Job) -> Timeline:
     """The predicted step of one pipeline, in seconds; the same on every rank. Collective."""
     job.feed("train", job.step)
+    job.executor.upload()
     job.link.barrier()
     own = {stage: _passes(job, stage) for stage in job.mine.stages}
     job.executor.clear("GRAD")
@@ -55,6 +57,7 @@ def _passes(job: Job, stage: int) -> list[float]:
         for i, call in enumerate(calls):
             begin = perf_counter()
             call()
+            job.executor.settle()
             row[i] = perf_counter() - begin
     return [float(x) for x in np.median(seconds[1:], axis=0)]  # a step adds up passes as they come, not the best
 
@@ -64,10 +67,12 @@ def _message(job: Job) -> float:
     if job.pipeline.size < 2 or job.place > 1:
         return 0.0
     c = job.config
-    size = job.backend.real * c.train.microbatch * c.train.length * c.model.width
-    send, recv, best = np.zeros(size, np.uint8), np.zeros(size, np.uint8), float("inf")
+    words = -(-slots.message(c, job.backend.real) // 64) * 16  # of 4 bytes, in whole lines
+    room, best = job.backend.allocate(8 * words), float("inf")
+    send, recv = (job.backend.array(room, at, (words,), "i") for at in (0, 4 * words))
     for _ in range(ROUNDS):
         begin = perf_counter()
         job.pipeline.sendrecv(send, recv, 1 - job.place)
+        job.executor.settle()
         best = min(best, perf_counter() - begin)
     return best

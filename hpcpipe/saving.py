@@ -74,6 +74,7 @@ class _Save:
         self.lines: list[str] = []
         if job.link.rank == 0:
             self.lines += write.make_room(job.out, _bytes(job))
+        job.executor.settle()  # a device may still be at the last update
         with job.where.waiting(self.what, patient=True):
             job.link.barrier()  # nobody writes before there is room
         self.writer = Thread(target=self._write, name="checkpoint", daemon=True) if job.replica == 0 else None
@@ -85,7 +86,7 @@ class _Save:
 
     def _write(self) -> None:
         with self._heard():
-            self.record = write.write_shard(self.folder, self.job.place, list(_pieces(self.job)))
+            self.record = write.write_shard(self.folder, self.job.place, _pieces(self.job))
 
     @contextmanager
     def _heard(self) -> Iterator[None]:
@@ -173,7 +174,7 @@ def _bytes(job: Job) -> int:
 def _pieces(job: Job) -> Iterator[write.Piece]:
     for name in job.counted:
         for kind, view in zip(KINDS, job.views(name), strict=True):
-            yield write.Piece(name, kind, view.shape, (0,) * view.ndim, view)
+            yield write.Piece(name, kind, view.shape, (0,) * view.ndim, job.backend.host(view))
 
 
 def _attributes(job: Job, step: int, loss: float) -> dict[str, str | int | float]:

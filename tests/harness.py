@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcpipe.backends.kernels import evaluate
+from hpcpipe.backends.definitions import halve
 from hpcpipe.backends.null import PASSES, Recording, Tensor, record
 from hpcpipe.backends.reference import ReferenceBackend
 
@@ -30,9 +30,10 @@ class Rig:
         backend: Any = None,
         seed: int = 0,
         change: Callable[[Recording], Recording] = lambda recording: recording,
+        compute: str = "r",
     ) -> None:
-        self.backend = ReferenceBackend("float64") if backend is None else backend
-        self.recording = change(record(layer, x_shape))
+        self.backend, self.layer = ReferenceBackend("float64") if backend is None else backend, layer
+        self.recording = change(record(layer, x_shape, compute=compute))
         sizes = {"r": self.backend.real, "h": 2, "i": 4, "l": 8, "d": 8}
         self.offsets: dict[int, int] = {}
         self.gaps: list[tuple[int, int]] = []
@@ -45,7 +46,7 @@ class Rig:
         self.gaps.append((top, top + CANARY))
         self.work = top + CANARY
         calls = [call for name in PASSES for call in self.recording.passes[name]]
-        work = max((int(evaluate(c.row.work, c.env)) for c in calls if c.row.work), default=0)
+        work = max((c.scratch() for c in calls), default=0)
         self.arena = self.backend.allocate(self.work + -(-work // CANARY) * CANARY * self.backend.threads)
         self.bytes = self.backend.array(self.arena, 0, (self.work // 4,), "i").view(np.uint8)
         self.handles = {
@@ -78,6 +79,8 @@ class Rig:
 
     def run(self, *passes: str) -> Rig:
         """Runs passes in order and checks the canaries after each."""
+        for name, half in self.recording.halves.items():
+            halve(self[half], np.asarray(self[self.recording.params[name]]))
         for name in passes or PASSES:
             self.backend.run(self.handles[name], self.arena, np.zeros(1, dtype=np.int64), self.work)
             for start, end in self.gaps:
@@ -106,7 +109,8 @@ def tensors(recording: Recording) -> Iterator[Tensor]:
     """Every tensor of a recording once."""
     seen: dict[int, Tensor] = {}
     ends = (recording.x, recording.y, recording.dy, recording.dx)
-    named = (*recording.params.values(), *recording.grads.values(), *recording.inputs.values(), *ends)
+    groups = (recording.params, recording.halves, recording.grads, recording.inputs)
+    named = (*(t for group in groups for t in group.values()), *ends)
     called = (t for name in PASSES for call in recording.passes[name] for t in call.buffers)
     for tensor in (*named, *called):
         if tensor is not None:

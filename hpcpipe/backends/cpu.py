@@ -12,7 +12,7 @@ import mmap
 import os
 import platform
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpcpipe.backends.kernels import TABLE, digest, evaluate
+from hpcpipe.backends.kernels import TABLE, digest
 from hpcpipe.backends.null import Call, Tensor
 
 Array = npt.NDArray[Any]
@@ -106,6 +106,7 @@ class CpuBackend:
 
     name = "cpu"
     real = TYPES["r"].itemsize
+    on_device = False
 
     def __init__(self, threads: int = 0, level: str = "") -> None:
         """``level`` names a library of ``LEVELS``; by default it is the best one that this processor runs."""
@@ -137,7 +138,21 @@ class CpuBackend:
             raise IndexError(f"cpu backend: bytes {offset}..{offset + size} of an arena of {memory.size}")
         return memory[offset : offset + size].view(dtype).reshape(shape)
 
-    def compile(self, calls: Sequence[Call], where: Callable[[Tensor], tuple[int, int]]) -> Compiled:
+    def mirror(self, memory: Array, offset: int, nbytes: int) -> tuple[Array, Callable[[], None]]:
+        """Host bytes that stand for a part of the arena, here that part, and what sends them there."""
+        return memory[offset : offset + nbytes], lambda: None
+
+    def host(self, array: Array) -> Array:
+        """The values on the host: the array."""
+        return array
+
+    def load(self, array: Array, read: Callable[[Array], Any]) -> None:
+        """Fills an array with what ``read`` writes into the host array that it is given."""
+        read(array)
+
+    def compile(
+        self, calls: Sequence[Call], where: Callable[[Tensor], tuple[int, int]], brief: Collection[int] = ()
+    ) -> Compiled:
         """Resolves each tensor of a pass to (region, offset) and packs the calls."""
         words = np.zeros((len(calls), 1 + 2 * MAX_ARGS), dtype=np.int64)
         for packed, call in zip(words, calls, strict=True):
@@ -150,7 +165,7 @@ class CpuBackend:
             values[count:whole] = call.ints
             reals = np.array(call.reals, dtype=np.float64)
             values[whole : whole + len(reals)] = reals.view(np.int64)
-        return Compiled(words, max((evaluate(c.row.work, c.env) for c in calls if c.row.work), default=0))
+        return Compiled(words, max((c.scratch() for c in calls), default=0))
 
     def run(self, handle: Compiled, memory: Array, bases: Array, work: int = -1) -> None:
         """Executes a compiled pass; a tensor lies at memory + bases[region] + offset, scratch at ``work``."""

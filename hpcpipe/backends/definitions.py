@@ -276,10 +276,15 @@ def linearcrossentropy_fwd(
 
 def narrow(y: Array, x: Array) -> None:
     """x to the nearest bfloat16 (the upper half of a float32), ties to even; y are its bits, uint16."""
+    halve(y, x)
+    widen(x, y)
+
+
+def halve(y: Array, x: Array) -> None:
+    """y are the bits of the bfloat16 nearest to x, ties to even, uint16; x stays."""
     bits = x.astype(np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16
     y[...] = np.where(np.isnan(x), bits >> 16 | 0x40, rounded)
-    widen(x, y)
 
 
 def widen(y: Array, x: Array) -> None:
@@ -313,22 +318,28 @@ def _stepped(p: Array, m: Array, v: Array, hyper: Array, decay: float) -> Array:
     return moved
 
 
-def adamw_step(p: Array, g: Array, m: Array, v: Array, hyper: Array, decay: float) -> None:
+def adamw_step(p: Array, g: Array, m: Array, v: Array, half: Array | None, hyper: Array, decay: float) -> None:
     """AdamW (Loshchilov & Hutter 2019, algorithm 2); hyper = [lr, beta1, beta2, eps, c1, c2, scale, unused].
 
     With c1 = 1 - beta1^step and c2 = 1 - beta2^step:
     g' = scale g;  m = beta1 m + (1 - beta1) g';  v = beta2 v + (1 - beta2) g'²;
-    p -= lr (m/c1 / (sqrt(v/c2) + eps) + decay p);  g = 0.
+    p -= lr (m/c1 / (sqrt(v/c2) + eps) + decay p);  g = 0;  half, where there is one, is the new p as bfloat16.
     """
     m[...], v[...] = _moments(g, m, v, hyper)
     p[...] = _stepped(p, m, v, hyper, decay)
     g[...] = 0
+    if half is not None:
+        halve(half, p)
 
 
-def adamw_try(old: Array, p: Array, g: Array, m: Array, v: Array, hyper: Array, decay: float) -> None:
-    """old = p, then p as ``adamw_step`` makes it; m, v and g stay as they are."""
+def adamw_try(
+    old: Array, p: Array, g: Array, m: Array, v: Array, half: Array | None, hyper: Array, decay: float
+) -> None:
+    """old = p, then p and half as ``adamw_step`` makes them; m, v and g stay as they are."""
     old[...] = p
     p[...] = _stepped(p, *_moments(g, m, v, hyper), hyper, decay)
+    if half is not None:
+        halve(half, p)
 
 
 def adamw_keep(g: Array, m: Array, v: Array, hyper: Array) -> None:
@@ -343,6 +354,6 @@ FUNCTIONS: dict[str, Callable[..., None]] = {
         linear_fwd, linear_dx, linear_dw, embedding_fwd, embedding_dw, position_fwd, position_dw, layernorm_fwd,
         layernorm_dx, layernorm_dw, rmsnorm_fwd, rmsnorm_dx, rmsnorm_dw, gelu_fwd, gelu_dx, swiglu_fwd, swiglu_dx,
         rope_fwd, rope_dx, attention_fwd, attention_dx, add_fwd, dropout_fwd, linearcrossentropy_fwd, narrow, widen,
-        accumulate, sumsq, adamw_step, adamw_try, adamw_keep,
+        halve, accumulate, sumsq, adamw_step, adamw_try, adamw_keep,
     )
 }  # fmt: skip

@@ -9,17 +9,17 @@ loads this file before anything else is installed.
 from __future__ import annotations
 
 import hashlib
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 # Element types: "r" is the backend's real type (float32, or float64 in the reference), the others are fixed; "h" is the
-# upper half of a float32, a bfloat16.
-C_TYPES = {"r": "float", "h": "uint16_t", "i": "int32_t", "l": "int64_t", "d": "double"}
+# upper half of a float32, a bfloat16. An argument of type "a" is of the compute type: "r", or "h" where a run computes
+# on bfloat16 numbers; arithmetic and sums are of the real type all the same.
+C_TYPES = {"r": "float", "a": "float", "h": "uint16_t", "i": "int32_t", "l": "int64_t", "d": "double"}
 SIZES = {"r": 4, "h": 2, "i": 4, "l": 8, "d": 8}
 
-_ARG = re.compile(r"(?P<name>\w+)(?::(?P<type>[hild]))?(?P<mark>[+~])?(?P<optional>\?)?\[(?P<shape>[^\]]*)\]")
+_ARG = re.compile(r"(?P<name>\w+)(?::(?P<type>[ahild]))?(?P<mark>[+~])?(?P<optional>\?)?\[(?P<shape>[^\]]*)\]")
 _ROLES = {"+": "inout", "~": "scratch"}
 
 
@@ -44,6 +44,7 @@ class Kernel(NamedTuple):
     reals: tuple[str, ...]
     flops: Callable[[Mapping[str, int]], float]
     work: str  # bytes of scratch per thread, an expression over dims and ints; "" for none
+    device: str  # the same on a GPU, in all
 
     @property
     def buffers(self) -> tuple[Arg, ...]:
@@ -75,6 +76,7 @@ def _row(
     ints: str = "",
     reals: str = "",
     work: str = "",
+    device: str = "",
 ) -> Kernel:
     code = compile(flops, f"<flops of {name}>", "eval")
     return Kernel(
@@ -86,6 +88,7 @@ def _row(
         tuple(reals.split()),
         lambda env: float(eval(code, {"min": min}, dict(env))),
         work,
+        device,
     )
 
 
@@ -99,59 +102,64 @@ def _product(m: str, k: str) -> str:
 # [out, in].
 # attention: the causal half is counted once; flops are what the mathematics needs, not what a blocked kernel pads.
 _ATTENTION_WORK = "4*(2*72*(t+32)+(3*(t+32)+4*72)*(d+32))"  # two blocks of scores and panels, see attention.c
+_COLUMNS = "4*c*min(128, (n+31)//32)"  # on a GPU: a sum over rows, first of at most so many blocks of them
 # fmt: off
 TABLE: tuple[Kernel, ...] = (
     # y = x wᵀ + b + z;  dx = dy w;  dw += dyᵀ x, db += Σ dy
-    _row("linear_fwd", "y[n,o]", "x[n,c] w[o,c] b?[o] z?[n,o]", "n o c", "2*n*o*c", work=_product("n", "c")),
-    _row("linear_dx", "dx[n,c]", "dy[n,o] w[o,c]", "n o c", "2*n*o*c", work=_product("n", "o")),
-    _row("linear_dw", "", "dw+[o,c] db+?[o] dy[n,o] x[n,c]", "n o c", "2*n*o*c", work=_product("o", "n")),
+    _row("linear_fwd", "y:a[n,o]", "x:a[n,c] w:a[o,c] b:a?[o] z:a?[n,o]", "n o c", "2*n*o*c", work=_product("n", "c")),
+    _row("linear_dx", "dx:a[n,c]", "dy:a[n,o] w:a[o,c]", "n o c", "2*n*o*c", work=_product("n", "o")),
+    _row("linear_dw", "", "dw+[o,c] db+?[o] dy:a[n,o] x:a[n,c]", "n o c", "2*n*o*c", work=_product("o", "n"),
+         device="4*o*((n+255)//256)"),
     # y = w[ids];  dw[ids] += dy
-    _row("embedding_fwd", "y[n,c]", "ids:i[n] w[v,c]", "n v c", "0"),
-    _row("embedding_dw", "", "dw+[v,c] dy[n,c] ids:i[n]", "n v c", "n*c"),
+    _row("embedding_fwd", "y:a[n,c]", "ids:i[n] w:a[v,c]", "n v c", "0"),
+    _row("embedding_dw", "", "dw+[v,c] dy:a[n,c] ids:i[n]", "n v c", "n*c"),
     # row i is position i % t:  y = x + w[i % t];  dw[i % t] += dy
-    _row("position_fwd", "y[n,c]", "x[n,c] w[s,c]", "n s c", "n*c", ints="t"),
-    _row("position_dw", "", "dw+[s,c] dy[n,c]", "n s c", "n*c", ints="t"),
+    _row("position_fwd", "y:a[n,c]", "x:a[n,c] w:a[s,c]", "n s c", "n*c", ints="t"),
+    _row("position_dw", "", "dw+[s,c] dy:a[n,c]", "n s c", "n*c", ints="t"),
     # y = (x - mean) rstd w + b;  dx += z, the gradient that comes around the layer
-    _row("layernorm_fwd", "y[n,c] mean[n] rstd[n]", "x[n,c] w[c] b[c]", "n c", "8*n*c", reals="eps"),
-    _row("layernorm_dx", "dx[n,c]", "dy[n,c] x[n,c] w[c] mean[n] rstd[n] z?[n,c]", "n c", "11*n*c"),
-    _row("layernorm_dw", "", "dw+[c] db+[c] dy[n,c] x[n,c] mean[n] rstd[n]", "n c", "5*n*c"),
+    _row("layernorm_fwd", "y:a[n,c] mean[n] rstd[n]", "x:a[n,c] w[c] b[c]", "n c", "8*n*c", reals="eps"),
+    _row("layernorm_dx", "dx:a[n,c]", "dy:a[n,c] x:a[n,c] w[c] mean[n] rstd[n] z:a?[n,c]", "n c", "11*n*c"),
+    _row("layernorm_dw", "", "dw+[c] db+[c] dy:a[n,c] x:a[n,c] mean[n] rstd[n]", "n c", "5*n*c",
+         device=f"2*{_COLUMNS}"),
     # y = x rstd w,  rstd = 1/sqrt(mean(x²) + eps)
-    _row("rmsnorm_fwd", "y[n,c] rstd[n]", "x[n,c] w[c]", "n c", "4*n*c", reals="eps"),
-    _row("rmsnorm_dx", "dx[n,c]", "dy[n,c] x[n,c] w[c] rstd[n] z?[n,c]", "n c", "8*n*c"),
-    _row("rmsnorm_dw", "", "dw+[c] dy[n,c] x[n,c] rstd[n]", "n c", "3*n*c"),
+    _row("rmsnorm_fwd", "y:a[n,c] rstd[n]", "x:a[n,c] w[c]", "n c", "4*n*c", reals="eps"),
+    _row("rmsnorm_dx", "dx:a[n,c]", "dy:a[n,c] x:a[n,c] w[c] rstd[n] z:a?[n,c]", "n c", "8*n*c"),
+    _row("rmsnorm_dw", "", "dw+[c] dy:a[n,c] x:a[n,c] rstd[n]", "n c", "3*n*c", device=_COLUMNS),
     # tanh form, as GPT-2 uses it; dx gives y again, so that nobody has to keep it
-    _row("gelu_fwd", "y[n,c]", "x[n,c]", "n c", "9*n*c"),
-    _row("gelu_dx", "dx[n,c] y[n,c]", "dy[n,c] x[n,c]", "n c", "18*n*c"),
+    _row("gelu_fwd", "y:a[n,c]", "x:a[n,c]", "n c", "9*n*c"),
+    _row("gelu_dx", "dx:a[n,c] y:a[n,c]", "dy:a[n,c] x:a[n,c]", "n c", "18*n*c"),
     # x = [gate | up]:  y = silu(gate) up
-    _row("swiglu_fwd", "y[n,f]", "x[n,2*f]", "n f", "6*n*f"),
-    _row("swiglu_dx", "dx[n,2*f] y[n,f]", "dy[n,f] x[n,2*f]", "n f", "13*n*f"),
+    _row("swiglu_fwd", "y:a[n,f]", "x:a[n,2*f]", "n f", "6*n*f"),
+    _row("swiglu_dx", "dx:a[n,2*f] y:a[n,f]", "dy:a[n,f] x:a[n,2*f]", "n f", "13*n*f"),
     # rotates, in place, the first h + k heads of qkv = [q | k | v]; halves (i, i + d/2) turn by (row % t) theta^(-2i/d)
-    _row("rope_fwd", "", "qkv+[n,(h+2*k)*d]", "n", "3*n*(h+k)*d", ints="t h k d", reals="theta"),
-    _row("rope_dx", "", "dqkv+[n,(h+2*k)*d]", "n", "3*n*(h+k)*d", ints="t h k d", reals="theta"),
+    _row("rope_fwd", "", "qkv:a+[n,(h+2*k)*d]", "n", "3*n*(h+k)*d", ints="t h k d", reals="theta"),
+    _row("rope_dx", "", "dqkv:a+[n,(h+2*k)*d]", "n", "3*n*(h+k)*d", ints="t h k d", reals="theta"),
     # causal, grouped queries (h % k == 0), scores / sqrt(d); lse[i,head] = log Σ exp(scores), natural logarithm
-    _row("attention_fwd", "y[n,h*d] lse[n,h]", "qkv[n,(h+2*k)*d]", "n", "2*n*(t+1)*h*d",
+    _row("attention_fwd", "y:a[n,h*d] lse[n,h]", "qkv:a[n,(h+2*k)*d]", "n", "2*n*(t+1)*h*d",
          ints="t h k d", work=_ATTENTION_WORK),
-    _row("attention_dx", "dqkv[n,(h+2*k)*d]", "dy[n,h*d] y[n,h*d] lse[n,h] qkv[n,(h+2*k)*d]", "n", "5*n*(t+1)*h*d",
-         ints="t h k d", work=_ATTENTION_WORK),
-    _row("add_fwd", "y[n,c]", "a[n,c] b[n,c]", "n c", "n*c"),
+    _row("attention_dx", "dqkv:a[n,(h+2*k)*d]", "dy:a[n,h*d] y:a[n,h*d] lse[n,h] qkv:a[n,(h+2*k)*d]", "n",
+         "5*n*(t+1)*h*d", ints="t h k d", work=_ATTENTION_WORK, device="4*n*h"),
+    _row("add_fwd", "y:a[n,c]", "a:a[n,c] b:a[n,c]", "n c", "n*c"),
     # y = x mask / (1 - p);  mask from (key, salt, element);  key = [seed, step, sample, on]: on == 0 copies
-    _row("dropout_fwd", "y[n,c]", "x[n,c] key:l[4]", "n c", "2*n*c", ints="salt", reals="p"),
+    _row("dropout_fwd", "y:a[n,c]", "x:a[n,c] key:l[4]", "n c", "2*n*c", ints="salt", reals="p"),
     # logits = x wᵀ, r tokens at a time: loss = Σ -log softmax(logits)[target];  dlogits = scale (softmax - onehot);
     # dx = dlogits w;  dw += dlogitsᵀ x;  key[3] == 0: the loss alone, dx = 0.
-    _row("linearcrossentropy_fwd", "loss:d[1] nll[n] dx[n,c] logits~[r,v]",
-         "dw+[v,c] x[n,c] w[v,c] targets:i[n] key:l[4]", "n v c", "6*n*v*c + 6*n*v", ints="r", reals="scale",
+    _row("linearcrossentropy_fwd", "loss:d[1] nll[n] dx:a[n,c] logits:a~[r,v]",
+         "dw+[v,c] x:a[n,c] w:a[v,c] targets:i[n] key:l[4]", "n v c", "6*n*v*c + 6*n*v", ints="r", reals="scale",
          work=f"max({_product('r', 'c')}, {_product('r', 'v')}, {_product('v', 'r')})"),
     # x is rounded to bfloat16, where it is and in half the bytes;  y is what those mean
     _row("narrow", "y:h[n,c]", "x+[n,c]", "n c", "0"),
     _row("widen", "y[n,c]", "x:h[n,c]", "n c", "0"),
+    # y is x rounded to bfloat16, x stays:  what products read of a parameter
+    _row("halve", "y:h[n]", "x[n]", "n", "0"),
     # acc += x;  s = Σ x² in float64, blocks of a fixed size, so that no thread count changes a bit
     _row("accumulate", "", "acc+[n] x[n]", "n", "n"),
-    _row("sumsq", "s:d[1]", "x[n]", "n", "2*n"),
+    _row("sumsq", "s:d[1]", "x[n]", "n", "2*n", device="8*min(1024, (n+16383)//16384)"),
     # AdamW (Loshchilov & Hutter 2019), clears the gradient behind itself
-    # hyper = [lr, beta1, beta2, eps, 1 - beta1^step, 1 - beta2^step, gradient scale, unused]
-    _row("adamw_step", "", "p+[n] g+[n] m+[n] v+[n] hyper:d[8]", "n", "14*n", reals="decay"),
+    # hyper = [lr, beta1, beta2, eps, 1 - beta1^step, 1 - beta2^step, gradient scale, unused];  half = p as bfloat16
+    _row("adamw_step", "", "p+[n] g+[n] m+[n] v+[n] half:h+?[n] hyper:d[8]", "n", "14*n", reals="decay"),
     # the same in two halves: the new p, with the old one kept; then, when it is known to stay, the moments
-    _row("adamw_try", "old[n]", "p+[n] g[n] m[n] v[n] hyper:d[8]", "n", "14*n", reals="decay"),
+    _row("adamw_try", "old[n]", "p+[n] g[n] m[n] v[n] half:h+?[n] hyper:d[8]", "n", "14*n", reals="decay"),
     _row("adamw_keep", "", "g+[n] m+[n] v+[n] hyper:d[8]", "n", "6*n"),
 )
 # fmt: on
@@ -193,12 +201,6 @@ def evaluate(expression: str, env: Mapping[str, int]) -> int:
 
 
 MOVES = {"out": 1, "in": 1, "inout": 2, "scratch": 0}
-
-
-def nbytes(kernel: Kernel, env: Mapping[str, int], absent: Iterable[str] = ()) -> int:
-    """Bytes a kernel must move once: outputs and inputs once each, in-out arguments twice (float32 reals)."""
-    there = (arg for arg in kernel.buffers if arg.name not in absent)
-    return sum(MOVES[arg.role] * SIZES[arg.type] * math.prod(shape_of(arg, env)) for arg in there)
 
 
 def prototype(kernel: Kernel) -> str:

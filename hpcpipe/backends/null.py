@@ -7,6 +7,7 @@ every kernel of the table as a method, plus ``ops.input`` for what the data load
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from functools import cached_property
 from itertools import count
 from typing import Any, Literal, NamedTuple
 
-from hpcpipe.backends.kernels import BY_NAME, Kernel, bind, nbytes, shape_of
+from hpcpipe.backends.kernels import BY_NAME, MOVES, SIZES, Arg, Kernel, bind, evaluate, shape_of
 
 Pass = Literal["F", "B", "W"]
 PASSES: tuple[Pass, ...] = ("F", "B", "W")
@@ -51,15 +52,22 @@ class Call(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        absent = [arg.name for arg, t in zip(self.row.buffers, self.buffers, strict=True) if t is None]
-        return nbytes(self.row, self.env, absent)
+        """Bytes that must move once: outputs and inputs once each, in-out arguments twice."""
+        pairs = zip(self.row.buffers, self.buffers, strict=True)
+        return sum(MOVES[arg.role] * SIZES[t.type] * math.prod(t.shape) for arg, t in pairs if t is not None)
+
+    def scratch(self, on_device: bool = False) -> int:
+        """Bytes of scratch: per thread, or in all on a GPU."""
+        expression = self.row.device if on_device else self.row.work
+        return evaluate(expression, self.env) if expression else 0
 
 
 @dataclass(frozen=True)
 class Recording:
     """One stage, recorded. ``x``/``dx`` are None where no activation enters, ``dy`` where none is sent back to it.
 
-    ``y`` of a stage that ends in a loss is that loss, a float64 of shape (1,).
+    ``y`` of a stage that ends in a loss is that loss, a float64 of shape (1,). ``halves`` are the bfloat16 copies of
+    parameters that the passes read, by the parameters' names.
     """
 
     passes: dict[str, tuple[Call, ...]]
@@ -70,6 +78,7 @@ class Recording:
     y: Tensor
     dy: Tensor | None
     dx: Tensor | None
+    halves: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def lifetimes(self) -> dict[int, tuple[Pass, Pass]]:
@@ -93,11 +102,16 @@ class Recording:
 
 @dataclass
 class Recorder:
-    """The ``ops`` that layers are called with: each kernel of the table is a method that returns its outputs."""
+    """The ``ops`` that layers are called with: each kernel of the table is a method that returns its outputs.
 
+    ``compute`` is the type of what the table calls "a": r, or h, and then products read bfloat16 copies of parameters.
+    """
+
+    compute: str = "r"
     calls: list[Call] = field(default_factory=list)
     inputs: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[int, Tensor] = field(default_factory=dict)  # parameter -> its gradient
+    halves: dict[int, Tensor] = field(default_factory=dict)  # parameter -> its bfloat16 copy
     count: int = 0
 
     def tensor(self, shape: tuple[int, ...], type: str = "r") -> Tensor:
@@ -124,13 +138,24 @@ class Recorder:
         missing = row.ins[len(args) :]
         if len(args) > len(row.ins) or not all(arg.optional for arg in missing):
             raise TypeError(f"{row.name} takes {len(row.ins)} buffers, got {len(args)}")
-        args += (None,) * len(missing)
+        args = tuple(map(self._typed, row.ins, args + (None,) * len(missing)))
         shapes = {a.name: None if t is None else t.shape for a, t in zip(row.ins, args, strict=True)}
         env = bind(row, shapes, {k: int(scalars[k]) for k in row.ints})
-        outs = tuple(self.tensor(shape_of(a, env), a.type) for a in row.outs)
+        outs = tuple(self.tensor(shape_of(a, env), self.compute if a.type == "a" else a.type) for a in row.outs)
         ints = tuple(env[k] for k in row.dims + row.ints)
         self.calls.append(Call(row.name, outs + args, ints, tuple(float(scalars[k]) for k in row.reals)))
         return outs[0] if len(outs) == 1 else outs or None
+
+    def _typed(self, arg: Arg, tensor: Tensor | None) -> Tensor | None:
+        """What a kernel gets for a tensor: for a parameter, where it computes on halves, the copy."""
+        wanted = self.compute if arg.type == "a" else arg.type
+        if tensor is None or tensor.type == wanted:
+            return tensor
+        if wanted != "h" or tensor.id not in self.gradients:
+            raise TypeError(f"{arg.name} is of type {tensor.type}, the kernel takes {wanted}")
+        if tensor.id not in self.halves:
+            self.halves[tensor.id] = self.tensor(tensor.shape, "h")
+        return self.halves[tensor.id]
 
     def take(self) -> tuple[Call, ...]:
         """The calls since the last take."""
@@ -142,26 +167,28 @@ def record(
     layer: Any,
     x_shape: tuple[int, ...] | None,
     backward: bool = True,
+    compute: str = "r",
 ) -> Recording:
     """Runs ``layer`` (a stage) forward, grad_input and grad_weight on nothing.
 
     ``x_shape`` is None for a stage that starts from loader inputs. A stage whose output is a float64 of shape (1,) ends
-    in a loss and receives no gradient. ``backward=False`` records the forward pass only.
+    in a loss and receives no gradient. ``backward=False`` records the forward pass only. ``compute`` is r or h.
     """
-    ops = Recorder()
+    ops = Recorder(compute)
     params = {name: ops.tensor(spec.shape) for name, spec in layer.params.items()}
     grads = {name: ops.tensor(t.shape) for name, t in params.items()} if backward else {}
     ops.gradients = {params[name].id: t for name, t in grads.items()}
-    x = None if x_shape is None else ops.tensor(x_shape)
+    x = None if x_shape is None else ops.tensor(x_shape, compute)
     y, saved = layer.forward(ops, params, x)
     passes, dx, dy = {"F": ops.take(), "B": (), "W": ()}, None, None
     if backward:
-        dy = None if y.type == "d" else ops.tensor(y.shape)
+        dy = None if y.type == "d" else ops.tensor(y.shape, compute)
         dx, owed = layer.grad_input(ops, params, dy, saved)
         passes["B"] = ops.take()
         layer.grad_weight(ops, grads, owed)
         passes["W"] = ops.take()
-    return Recording(_fused(_live(passes, y, dx)), params, grads, dict(ops.inputs), x, y, dy, dx)
+    halves = {name: ops.halves[t.id] for name, t in params.items() if t.id in ops.halves}
+    return Recording(_fused(_live(passes, y, dx)), params, grads, dict(ops.inputs), x, y, dy, dx, halves)
 
 
 def _live(passes: Mapping[str, tuple[Call, ...]], *results: Tensor | None) -> dict[str, tuple[Call, ...]]:

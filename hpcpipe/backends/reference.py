@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from hpcpipe.backends.definitions import FUNCTIONS
+from hpcpipe.backends.definitions import FUNCTIONS, halve, widen
+from hpcpipe.backends.kernels import Arg
 from hpcpipe.backends.null import Call, Tensor
 
 Array = npt.NDArray[Any]
@@ -24,12 +25,13 @@ FIXED: dict[str, np.dtype[Any]] = {
 
 
 class Place(NamedTuple):
-    """One buffer of a compiled call: where it lies and what it is."""
+    """One buffer of a compiled call: where it lies and what it is; ``rounded``: numbers to compute on, in halves."""
 
     region: int
     offset: int
     shape: tuple[int, ...]
     type: str
+    rounded: bool
 
 
 class Step(NamedTuple):
@@ -43,7 +45,7 @@ class Step(NamedTuple):
 class ReferenceBackend:
     """Runs recordings with the functions above on host memory. ``dtype`` is the real type: float32 or float64."""
 
-    name, level, threads = "reference", "numpy", 1
+    name, level, threads, on_device = "reference", "numpy", 1, False
 
     def __init__(self, dtype: str = "float32") -> None:
         if dtype not in ("float32", "float64"):
@@ -65,14 +67,32 @@ class ReferenceBackend:
             raise IndexError(f"reference backend: bytes {offset}..{offset + size} of an arena of {memory.size}")
         return memory[offset : offset + size].view(dtype).reshape(shape)
 
-    def compile(self, calls: Sequence[Call], where: Callable[[Tensor], tuple[int, int]]) -> tuple[Step, ...]:
+    def mirror(self, memory: Array, offset: int, nbytes: int) -> tuple[Array, Callable[[], None]]:
+        """Host bytes that stand for a part of the arena, here that part, and what sends them there."""
+        return memory[offset : offset + nbytes], lambda: None
+
+    def host(self, array: Array) -> Array:
+        """The values on the host: the array."""
+        return array
+
+    def load(self, array: Array, read: Callable[[Array], Any]) -> None:
+        """Fills an array with what ``read`` writes into the host array that it is given."""
+        read(array)
+
+    def compile(
+        self, calls: Sequence[Call], where: Callable[[Tensor], tuple[int, int]], brief: Collection[int] = ()
+    ) -> tuple[Step, ...]:
         """Resolves each tensor of a pass to (region, offset)."""
 
-        def place(t: Tensor | None) -> Place | None:
-            return None if t is None else Place(*where(t), t.shape, t.type)
+        def place(t: Tensor | None, arg: Arg) -> Place | None:
+            return None if t is None else Place(*where(t), t.shape, t.type, (arg.type, t.type) == ("a", "h"))
 
         return tuple(
-            Step(FUNCTIONS[c.kernel], tuple(map(place, c.buffers)), (*c.ints[len(c.row.dims) :], *c.reals))
+            Step(
+                FUNCTIONS[c.kernel],
+                tuple(map(place, c.buffers, c.row.buffers)),
+                (*c.ints[len(c.row.dims) :], *c.reals),
+            )
             for c in calls
         )
 
@@ -87,7 +107,19 @@ class ReferenceBackend:
                 None if p is None else self.array(memory, int(bases[p.region]) + p.offset, p.shape, p.type)
                 for p in step.places
             ]
-            step.function(*views, *step.scalars)
+            whole = [
+                self._widened(view) if p and view is not None and p.rounded else view
+                for p, view in zip(step.places, views, strict=True)
+            ]
+            step.function(*whole, *step.scalars)
+            for view, result in zip(views, whole, strict=True):
+                if view is not result and view is not None and result is not None:
+                    halve(view, result)  # an input that was not written comes back as it was
+
+    def _widened(self, half: Array) -> Array:
+        whole = np.empty(half.shape, self.types["r"])
+        widen(whole, half)
+        return whole
 
     def matmul_peak(self, seconds: float = 0.2) -> float:
         """FLOP/s of float32 matrix products with numpy's own library, measured now."""

@@ -36,6 +36,21 @@ class Channel(Protocol):
         """Whether ``wait`` would return at once; asking moves the message along."""
 
 
+class DeviceChannel(Channel, Protocol):
+    """A message in a device's memory. Nothing of it waits on the host that a stream can wait for.
+
+    ``start`` of a sender lets it leave once its buffer is ``ready``, that of a receiver once all that the compute
+    stream was given so far is done; after ``wait`` what that stream is given comes after the message. ``stamp`` is a
+    float64 [1] on the host that travels with it, where the transport carries one: set before ``start`` by the sender,
+    read after ``wait`` by the receiver (0 where nothing came).
+    """
+
+    stamp: Any
+
+    def ready(self) -> None:
+        """The buffer holds what is to be sent, once what the compute stream was given so far is done."""
+
+
 class Sum(Protocol):
     """A sum under way."""
 

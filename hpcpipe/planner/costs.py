@@ -18,6 +18,8 @@ class Device(NamedTuple):
 
 # One AVX2 core of a shared server, as a start; a run measures its own product peak and reports against that.
 CORE = Device(flops=1.0e11, bandwidth=1.0e10)
+# An H200 by what its products (bfloat16) and its memory are known to reach, and a 400 Gb/s NIC: a start, too.
+GPU = Device(flops=7.9e14, bandwidth=4.2e12, link=4.5e10, latency=1.0e-5)
 
 
 class Cost(NamedTuple):

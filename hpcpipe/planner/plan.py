@@ -12,14 +12,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from math import inf, prod
+from math import inf
 from typing import Any
 
 from hpcpipe import model
 from hpcpipe.backends.null import Recording
 from hpcpipe.config import Config, UserError, grid, microbatches, to_toml
 from hpcpipe.planner import schedules, slots
-from hpcpipe.planner.costs import CORE, Cost, Device, price
+from hpcpipe.planner.costs import CORE, GPU, Cost, Device, price
 from hpcpipe.planner.cut import bounds
 from hpcpipe.runtime import arena
 from hpcpipe.runtime.arena import Layout, Memory, Parameters
@@ -149,7 +149,7 @@ def plan(
     total: int,
     threads: int = 1,
     real: int = 4,
-    device: Device = CORE,
+    device: Device | None = None,
     prices: Mapping[str, Cost] | None = None,
 ) -> Plan:
     """The plan of a resolved config on ``total`` ranks of ``threads`` threads; UserError if it cannot be laid out.
@@ -157,7 +157,8 @@ def plan(
     ``prices`` are measured costs of the slots by kind; without them ``device`` says what they cost.
     """
     ranks, replicas = grid(config.pipeline, total)
-    given = threads, real, device, prices or {}
+    gpu = config.device.backend == "cuda"
+    given = 1 if gpu else threads, real, device or (GPU if gpu else CORE), prices or {}
     found, refused = [], None
     for shape in schedules.shapes(config.pipeline, ranks, config.model.layers + 2):
         try:
@@ -188,7 +189,7 @@ def _plan(
 
     def laid_out(room: Sequence[float]) -> Plan:
         parts = _stages(config, shape, flying, device, prices, real, room)
-        message = device.latency + real * prod(slots.activation(config)) / device.link
+        message = device.latency + slots.message(config, real) / device.link
         costs = _costs([part.cost for part in parts] * shape.chains, message)
         held = [part.held(real) for part in parts]
         spare = [*room]  # for activations
@@ -325,13 +326,14 @@ def _ranks(
     early: bool,
 ) -> tuple[RankPlan, ...]:
     held = [tuple(s for s, r in enumerate(schedule.placement) if r == rank) for rank in range(schedule.ranks)]
-    depth, copies = schedule.depth, replicas * schedule.chains
+    depth, copies, gpu = schedule.depth, replicas * schedule.chains, config.device.backend == "cuda"
     params = [arena.parameters({s: parts[s % depth].layer for s in mine}, ties, copies) for mine in held]
     inputs = [arena.input_offsets([(s // depth, parts[s % depth].recording) for s in mine]) for mine in held]
     layouts: dict[int, Layout] = {}
     for rank, mine in enumerate(held):
         for s in mine:
-            layouts[s] = arena.layout(parts[s % depth].recording, params[rank], inputs[rank][0], real, s // depth)
+            recording = parts[s % depth].recording
+            layouts[s] = arena.layout(recording, params[rank], inputs[rank][0], real, s // depth, gpu)
     lifetimes: list[Lifetimes] = [layouts[s].lifetimes for s in range(schedule.stages)]
     programs = program.lower(schedule, lifetimes)
     check(programs)
@@ -348,6 +350,9 @@ def _ranks(
         counts = {(s, pool): max(c.get((s, pool), 0) for c in both) for s in mine for pool in POOLS}
         micros = max(schedule.micros, eval_micros if config.eval.every else 0)
         scratch = arena.scratch_elements(params[rank], copies)
-        memory = arena.arrange(own, counts, params[rank], inputs[rank], micros, scratch, threads, real, early)
+        memory = arena.arrange(
+            own, counts, params[rank], inputs[rank], micros, scratch, threads, real, early,
+            half=slots.compute(config) == "h",
+        )  # fmt: skip
         found.append(RankPlan(mine, params[rank], own, memory, programs[rank], evaluations[rank]))
     return tuple(found)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hpcpipe import model
+from hpcpipe.backends.kernels import SIZES
 from hpcpipe.backends.null import Recording, halved, record, together
 from hpcpipe.config import Config
 from hpcpipe.planner.costs import Cost, Device, price
@@ -31,12 +32,13 @@ class Slot(NamedTuple):
         return sum(size_of(t, real) for t in kept if not self._given(t.id))
 
     def state(self, real: int) -> int:
-        """Bytes of parameters, gradients and moments."""
-        return STATE * real * sum(int(math.prod(spec.shape)) for spec in self.layer.params.values())
+        """Bytes of parameters, gradients and moments, and of the bfloat16 copies that products read."""
+        own = STATE * real * sum(int(math.prod(spec.shape)) for spec in self.layer.params.values())
+        return own + sum(size_of(t, real) for t in self.recording.halves.values())
 
     def _given(self, tensor: int) -> bool:
         r = self.recording
-        return any(tensor == t.id for group in (r.params, r.grads, r.inputs) for t in group.values())
+        return any(tensor == t.id for group in (r.params, r.halves, r.grads, r.inputs) for t in group.values())
 
 
 def chain(config: Config) -> Any:
@@ -66,14 +68,24 @@ def alone(config: Config, whole: Any) -> dict[str, Slot]:
 
 def recorded(config: Config, layer: Any, shape: tuple[int, ...] | None, merged: bool = False) -> Recording:
     """A stage as it will run: ``shape`` of what enters it, None for the loader's; ``merged`` does W within B."""
-    recording = record(layer, shape)
+    recording = record(layer, shape, compute=compute(config))
     recording = together(recording) if merged else recording
     return halved(recording) if config.train.activations == "bfloat16" else recording
+
+
+def compute(config: Config) -> str:
+    """The type that kernels compute on: r, or h for bfloat16."""
+    return "h" if config.train.compute == "bfloat16" else "r"
 
 
 def activation(config: Config) -> tuple[int, int]:
     """Tokens and channels of what goes from slot to slot."""
     return config.train.microbatch * config.train.length, config.model.width
+
+
+def message(config: Config, real: int) -> int:
+    """Bytes of what goes from slot to slot."""
+    return math.prod(activation(config)) * {**SIZES, "r": real}[compute(config)]
 
 
 def roofline(slots: Mapping[str, Slot], device: Device) -> dict[str, Cost]:

@@ -12,12 +12,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hpcpipe.backends.kernels import SIZES, evaluate
+from hpcpipe.backends.kernels import BY_NAME, SIZES, evaluate
 from hpcpipe.backends.null import PASSES, Call, Recording, Tensor
 from hpcpipe.schedule.op import Kind
 from hpcpipe.schedule.program import POOLS, Lifetimes
 
-RESIDENT = ("PARAM", "GRAD", "MOMENT1", "MOMENT2", "BEFORE", "SCALAR", "INPUT", "TEMP", "SCRATCH")
+RESIDENT = ("PARAM", "GRAD", "MOMENT1", "MOMENT2", "BEFORE", "HALF", "SCALAR", "INPUT", "TEMP", "SCRATCH")
+OPTIONAL = ("BEFORE", "HALF")  # regions that not every run has
 REGIONS = (*RESIDENT, *POOLS)
 INDEX = {name: i for i, name in enumerate(REGIONS)}
 ALIGN = 64  # bytes: a cache line, and the widest vector register
@@ -99,18 +100,23 @@ class Layout:
     where: dict[int, tuple[int, int]]
     slot: dict[str, int]
     temp: int
-    work: int  # scratch bytes per thread
+    work: int  # scratch bytes per thread, on a GPU in all
     lifetimes: Lifetimes
 
 
-def layout(recording: Recording, params: Parameters, inputs: Inputs, real: int, copy: int = 0) -> Layout:
+def layout(
+    recording: Recording, params: Parameters, inputs: Inputs, real: int, copy: int = 0, on_device: bool = False
+) -> Layout:
     """Gives every tensor of a recording its place; what a pass writes and a later pass reads decides the pool.
 
     ``inputs`` are the rank's, of which the stage reads those of its ``copy``. Temporaries share memory by linear scan.
+    ``on_device``: scratch is a GPU's.
     """
     where: dict[int, tuple[int, int]] = {}
     for name, tensor in recording.params.items():
         where[tensor.id] = (INDEX["PARAM"], real * params.param[name])
+    for name, tensor in recording.halves.items():
+        where[tensor.id] = (INDEX["HALF"], SIZES["h"] * params.param[name])
     for name, tensor in recording.grads.items():
         where[tensor.id] = (INDEX["GRAD"], real * params.grad[name])
     for name, tensor in recording.inputs.items():
@@ -128,9 +134,9 @@ def layout(recording: Recording, params: Parameters, inputs: Inputs, real: int, 
             where[tensor.id] = (INDEX[kept], slot[kept])
             slot[kept] += size_of(tensor, real)
     temp = max(_temporaries(recording.passes[name], where, real) for name in PASSES)
-    work = max(
-        (evaluate(c.row.work, c.env) for name in PASSES for c in recording.passes[name] if c.row.work), default=0
-    )
+    work = max((call.scratch(on_device) for name in PASSES for call in recording.passes[name]), default=0)
+    if on_device:  # the optimizer's norm needs some there
+        work = max(work, evaluate(BY_NAME["sumsq"].device, {"n": params.size}))
     return Layout(where, slot, temp, align(work), lifetimes(recording))
 
 
@@ -196,7 +202,7 @@ class Memory:
 
     def by_use(self) -> dict[str, int]:
         """Bytes by purpose, in the order people ask for them; they sum to ``total``."""
-        parts = {name.lower(): size for name, (_, size) in self.resident.items() if size or name != "BEFORE"}
+        parts = {name.lower(): size for name, (_, size) in self.resident.items() if size or name not in OPTIONAL}
         for (_, pool), (_, size, count) in self.pools.items():
             use = "messages" if pool in ("X", "Y", "DY", "DX") else "activations"
             parts[use] = parts.get(use, 0) + size * count
@@ -229,11 +235,12 @@ def arrange(
     threads: int,
     real: int,
     early: bool = False,
+    half: bool = False,
 ) -> Memory:
     """Stacks the regions of one rank: flat buffers, scalars, inputs of a step, temporaries, slots, scratch.
 
     ``counts[stage, pool]`` are slots, ``scratch`` the elements that exchanges need, ``micros`` a step's microbatches;
-    ``early`` asks for the room that an update on a guess needs.
+    ``early`` asks for the room that an update on a guess needs, ``half`` for bfloat16 copies of the parameters.
     """
     sizes = {
         "PARAM": real * params.size,
@@ -241,6 +248,7 @@ def arrange(
         "MOMENT1": real * params.size,
         "MOMENT2": real * params.size,
         "BEFORE": real * params.size * early,
+        "HALF": SIZES["h"] * params.size * half,
         "SCALAR": 8 * (HYPER + len(params.owned)),
         "INPUT": inputs[1] * micros,
         "TEMP": max(part.temp for part in layouts.values()),

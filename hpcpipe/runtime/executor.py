@@ -6,7 +6,9 @@ In: the rank's memory map, its stages' recordings, a backend, a link. Everything
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -19,11 +21,16 @@ from hpcpipe.backends.null import PASSES, Call, Recording
 from hpcpipe.comm.link import Channel, Link
 from hpcpipe.runtime.account import Account
 from hpcpipe.runtime.arena import INDEX, REGIONS, RESIDENT, Layout, Memory
+from hpcpipe.runtime.marks import Marks
 from hpcpipe.schedule.op import Op
 from hpcpipe.schedule.program import POOLS, Edge, Instruction, Program, Slot
 from hpcpipe.schedule.timeline import Event
 
+LOADED: dict[str, np.dtype[Any]] = {"i": np.dtype("int32"), "l": np.dtype("int64")}  # types of what the loader provides
 PORTION = 1e8  # FLOPs between two looks after messages: a millisecond or two of a core
+
+
+MADE = {"F": "Y", "B": "DX"}  # what a pass makes for another rank
 
 
 @dataclass(frozen=True)
@@ -43,20 +50,24 @@ class Executor:
         """``shift`` makes this rank's clock that of rank 0."""
         self.memory, self.stages, self.backend, self.link, self.shift = memory, stages, backend, link, shift
         self.arena = backend.allocate(memory.total)
+        # What the loader fills is host memory; ``upload`` sends all of it to where the kernels read it.
+        self._inputs, self.upload = backend.mirror(self.arena, *memory.resident["INPUT"])
         self.passes = {
-            (index, name): backend.compile(stage.recording.passes[name], lambda t, s=stage: s.layout.where[t.id])
+            (index, name): self._compiled(stage, stage.recording.passes[name])
             for index, stage in stages.items()
             for name in PASSES
         }
+
+    def _compiled(self, stage: Stage, calls: Sequence[Call]) -> Any:
+        where = stage.layout.where
+        brief = {number for number, (region, _) in where.items() if region == INDEX["TEMP"]}
+        return self.backend.compile(calls, lambda t: where[t.id], brief)
 
     @cached_property
     def pieces(self) -> dict[tuple[int, str], list[Any]]:
         """The passes in pieces, with a look after messages in between: TCP moves nothing unless somebody enters MPI."""
         return {
-            (index, name): [
-                self.backend.compile(calls, lambda t, s=stage: s.layout.where[t.id])
-                for calls in _portions(stage.recording.passes[name])
-            ]
+            (index, name): [self._compiled(stage, calls) for calls in _portions(stage.recording.passes[name])]
             for index, stage in self.stages.items()
             for name in PASSES
         }
@@ -85,7 +96,18 @@ class Executor:
         if (copy, name) not in self.memory.inputs:
             return None
         offset, tensor = self.memory.inputs[copy, name]
-        return self.array("INPUT", self.memory.stride * micro + offset, tensor.shape, tensor.type)
+        start, dtype = self.memory.stride * micro + offset, LOADED[tensor.type]
+        return self._inputs[start : start + math.prod(tensor.shape) * dtype.itemsize].view(dtype).reshape(tensor.shape)
+
+    def settle(self) -> None:
+        """On a device, waits for what was handed out."""
+        if self.backend.on_device:
+            self.backend.settle()
+
+    def beside(self) -> AbstractContextManager[None]:
+        """On a device, what is done inside runs beside what the program goes on with."""
+        beside: AbstractContextManager[None] = self.backend.beside() if self.backend.on_device else nullcontext()
+        return beside
 
     def bases(self, instruction: Instruction | None = None) -> np.ndarray:
         """The base of every region, in bytes, for one compute instruction (int64)."""
@@ -106,7 +128,9 @@ class Executor:
             for edge in program.edges
             for slot in (Slot(edge.stage, edge.pool, i) for i in range(program.counts[edge.stage, edge.pool]))
         }
-        bound = Bound(program, self.accumulating)
+        bound = Bound(program, self.accumulating, self.upload)
+        if self.backend.on_device:
+            bound.marks = Marks(self.backend, bound.account.receives.tolist())
         bound.calls = tuple(self._prepare(at, i, channels, reduce, bound) for at, i in enumerate(bound.instructions))
         bound.losses = [
             (i.stage, self._loss(i)) for i in bound.instructions if i.kind == "F" and self._ends_in_loss(i.stage)
@@ -128,7 +152,7 @@ class Executor:
         self,
         at: int,
         instruction: Instruction,
-        channels: Mapping[Slot, Channel],
+        channels: Mapping[Slot, Any],
         reduce: Callable[[int], None] | None,
         bound: Bound,
     ) -> Callable[[], None]:
@@ -137,6 +161,10 @@ class Executor:
             return lambda: None
         if kind in PASSES:
             bases, arena, work = self.bases(instruction), self.arena, self.memory.work
+            if bound.marks:
+                run = self.backend.bound(self.passes[stage, kind], arena, bases, work)
+                made = [s for s in instruction.slots if s in channels and s is not None and s.pool == MADE.get(kind)]
+                return bound.marks.around(at, run, [channels[s].ready for s in made])
             parts = self.pieces[stage, kind] if channels else [self.passes[stage, kind]]
             first, *rest = (self.backend.bound(part, arena, bases, work) for part in parts)
             return _in_pieces((first, *rest), self.link.progress) if rest else first
@@ -144,11 +172,12 @@ class Executor:
             return (lambda: reduce(stage)) if reduce else (lambda: None)
         assert slot is not None
         channel = channels[slot]
+        stamp = channel.stamp if bound.marks else self._stamp(slot)
         if kind == "SEND":
-            return _sending(channel.start, self._stamp(slot), self.shift)
+            return _sending(channel.start, stamp, self.shift)
         if kind == "WAIT" and slot.pool in ("X", "DY"):
             number = int(np.searchsorted(bound.account.receives, at))
-            return _receiving(channel.wait, self._stamp(slot), self.shift, bound.released, number)
+            return _receiving(channel.wait, stamp, self.shift, bound.released, number)
         return channel.wait if kind == "WAIT" else channel.start
 
     def _ends_in_loss(self, stage: int) -> bool:
@@ -205,11 +234,15 @@ class Bound:
     ``released`` holds when the sender of each received message let go of it.
     """
 
-    def __init__(self, program: Program, accumulating: set[tuple[str, int]]) -> None:
-        """``accumulating`` are the (pass, stage) that touch a gradient of a parameter."""
+    def __init__(
+        self, program: Program, accumulating: set[tuple[str, int]], upload: Callable[[], None] = lambda: None
+    ) -> None:
+        """``accumulating`` are the (pass, stage) that touch a gradient of a parameter; ``upload`` begins a run."""
         self.program, self.instructions, self.account = program, program.instructions, Account(program)
         self.calls: tuple[Callable[[], None], ...] = ()
         self.losses: list[tuple[int, Any]] = []  # (stage, view)
+        self.marks: Marks | None = None  # on a device, which works while the host goes on
+        self._upload = upload
         self.clock = np.zeros(len(self.instructions) + 1)
         self.released = np.zeros(len(self.account.receives))
         touching = (i for i, instruction in enumerate(self.instructions) if instruction[:2] in accumulating)
@@ -225,13 +258,27 @@ class Bound:
         """
         self.runs += 1
         self.clock[0] = perf_counter()
+        self._upload()
         self._walk(range(self.turning))
         valid = check is None or check()
         self.asking = perf_counter() - float(self.clock[self.turning])
         rest = range(self.turning, len(self.calls))
         self._walk(rest if valid else [i for i in rest if self.instructions[i].slot is not None])
+        if self.marks:
+            self._finish(self.marks, valid)
         self.at = -1
         return valid
+
+    def _finish(self, marks: Marks, valid: bool) -> None:
+        """Waits for the device, and puts its time in place of the host's."""
+
+        def at(number: int) -> None:
+            self.at = number
+
+        marks.drain(range(len(self.calls)), at)
+        self.asking = 0.0  # the device went on meanwhile
+        if valid:
+            marks.read(self.clock)
 
     def _walk(self, numbers: Iterable[int]) -> None:
         clock, calls = self.clock, self.calls

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
+from hpcpipe.backends.kernels import SIZES
 from hpcpipe.backends.null import Call, Tensor
 from hpcpipe.config import OptimizerConfig, TrainConfig
 from hpcpipe.runtime.arena import HYPER, INDEX, Parameters
@@ -49,9 +50,11 @@ class AdamW:
         self.executor, self.config = executor, config
         self.hyper = executor.array("SCALAR", 0, (HYPER,), "d")
         self._norms = self._compile(_norm_calls(params))
+        half = executor.memory.resident["HALF"][1] > 0
         self._whole, self._try, self._keep = (
-            self._compile(_update_calls(params, config.weight_decay, kernel)) for kernel in UPDATES
+            self._compile(_update_calls(params, config.weight_decay, kernel, half)) for kernel in UPDATES
         )
+        self._halve = self._compile(_halve_calls(params)) if half else lambda: None
         self._sums = executor.array("SCALAR", 8 * HYPER, (len(params.owned),), "d")
         mine = [n for n in params.owned if (n not in params.tied if counted is None else n in counted)]
         self._index = np.array([names.index(name) for name in mine], np.intp)
@@ -62,7 +65,7 @@ class AdamW:
     def squares(self, into: np.ndarray) -> None:
         """Writes Σ g² of this rank's own parameters to their places in ``into`` (float64, one per name)."""
         self._norms()
-        into[self._index] = self._sums[self._mine]
+        into[self._index] = np.asarray(self._sums)[self._mine]
 
     def scale(self, squares: np.ndarray) -> tuple[float, float]:
         """The global gradient norm and the factor that clips it."""
@@ -90,6 +93,11 @@ class AdamW:
     def take_back(self) -> None:
         """The guess was wrong: p is again what it was before it."""
         self._values[...] = self._before
+        self._halve()
+
+    def refresh(self) -> None:
+        """The values have come from elsewhere: what is made of them, is made."""
+        self._halve()
 
     def _set(self, step: int, lr: float, scale: float) -> None:
         c = self.config
@@ -101,9 +109,9 @@ class AdamW:
         where: dict[int, tuple[int, int]] = {}
         for call, places in placed:
             for tensor in call.buffers:
-                assert tensor is not None
-                region, at = places[tensor.id]
-                where[tensor.id] = (INDEX[region], at if region == "SCALAR" else at * real)
+                if tensor is not None:
+                    region, at = places[tensor.id]
+                    where[tensor.id] = (INDEX[region], at * {"SCALAR": 1, "HALF": SIZES["h"]}.get(region, real))
         handle = backend.compile([call for call, _ in placed], lambda t: where[t.id])
         run: Callable[[], None] = backend.bound(handle, executor.arena, executor.bases(), executor.memory.work)
         return run
@@ -119,16 +127,21 @@ def _norm_calls(params: Parameters) -> list[tuple[Call, dict[int, tuple[str, int
     return calls
 
 
+def _halve_calls(params: Parameters) -> list[tuple[Call, dict[int, tuple[str, int]]]]:
+    half, values = Tensor(0, (params.size,), "h"), Tensor(1, (params.size,))
+    return [(Call("halve", (half, values), (params.size,), ()), {0: ("HALF", 0), 1: ("PARAM", 0)})]
+
+
 # Kernel -> its buffers; the first ones are regions.
 UPDATES = {
-    "adamw_step": ("PARAM", "GRAD", "MOMENT1", "MOMENT2"),
-    "adamw_try": ("BEFORE", "PARAM", "GRAD", "MOMENT1", "MOMENT2"),
+    "adamw_step": ("PARAM", "GRAD", "MOMENT1", "MOMENT2", "HALF"),
+    "adamw_try": ("BEFORE", "PARAM", "GRAD", "MOMENT1", "MOMENT2", "HALF"),
     "adamw_keep": ("GRAD", "MOMENT1", "MOMENT2"),
 }
 
 
 def _update_calls(
-    params: Parameters, weight_decay: float, kernel: str
+    params: Parameters, weight_decay: float, kernel: str, half: bool
 ) -> list[tuple[Call, dict[int, tuple[str, int]]]]:
     calls, regions = [], UPDATES[kernel]
     groups = [(s, e, weight_decay) for s, e, _ in params.stage.values()]
@@ -136,7 +149,11 @@ def _update_calls(
     for i, (start, end, decay) in enumerate(group for group in groups if group[1] > group[0]):
         n, first = end - start, (len(regions) + 1) * i
         hyper = Tensor(first + len(regions), (HYPER,), "d")
-        buffers = (*(Tensor(first + j, (n,)) for j in range(len(regions))), hyper)
+        flat = [
+            None if region == "HALF" and not half else Tensor(first + j, (n,), "h" if region == "HALF" else "r")
+            for j, region in enumerate(regions)
+        ]
+        buffers = (*flat, hyper)
         places = {first + j: (region, start) for j, region in enumerate(regions)} | {hyper.id: ("SCALAR", 0)}
         calls.append((Call(kernel, buffers, (n,), (decay,) if kernel != "adamw_keep" else ()), places))
     return calls

@@ -34,7 +34,8 @@ class Reducer:
         """Sums one stage's gradients over the copies of the model."""
         if index in self.copies:
             start, _, end = self.params.stage[index]
-            self._over_copies(self.copies[index], start, end)
+            with self.executor.beside():
+                self._over_copies(self.copies[index], start, end)
 
     def tied(self, name: str, index: int) -> None:
         """Sums, over the copies of the model, a tied gradient that lies beside its owner's, behind the stages' own."""

@@ -5,9 +5,20 @@
  */
 #ifndef HPCPIPE_FORMULA_H
 #define HPCPIPE_FORMULA_H
+#ifdef __CUDACC_RTC__ /* NVRTC has no headers; it knows memcpy and the mathematical functions */
+typedef unsigned short uint16_t;
+typedef int int32_t;
+typedef unsigned int uint32_t;
+typedef long long int64_t;
+typedef unsigned long long uint64_t;
+#ifndef INFINITY
+#define INFINITY __int_as_float(0x7f800000)
+#endif
+#else
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#endif
 
 #ifndef HP_FN
 #ifdef __CUDACC__

@@ -69,11 +69,12 @@ void hp_linearcrossentropy_fwd(double *loss, float *nll, float *dx, float *logit
     *work);
 void hp_narrow(uint16_t *y, float *x, int64_t n, int64_t c);
 void hp_widen(float *y, const uint16_t *x, int64_t n, int64_t c);
+void hp_halve(uint16_t *y, const float *x, int64_t n);
 void hp_accumulate(float *acc, const float *x, int64_t n);
 void hp_sumsq(double *s, const float *x, int64_t n);
-void hp_adamw_step(float *p, float *g, float *m, float *v, const double *hyper, int64_t n, float decay);
-void hp_adamw_try(float *old, float *p, const float *g, const float *m, const float *v, const double *hyper, int64_t n,
-    float decay);
+void hp_adamw_step(float *p, float *g, float *m, float *v, uint16_t *half, const double *hyper, int64_t n, float decay);
+void hp_adamw_try(float *old, float *p, const float *g, const float *m, const float *v, uint16_t *half, const double
+    *hyper, int64_t n, float decay);
 void hp_adamw_keep(float *g, float *m, float *v, const double *hyper, int64_t n);
 
 #ifdef __cplusplus

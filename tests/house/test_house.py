@@ -21,9 +21,9 @@ FLOORS = (
     ("train", "generate"),
     ("steps", "saving", "rehearsal"),
     ("job", "predict", "prepare", "report", "hugging_face"),
-    ("resume", "measure"),
+    ("resume", "measure", "seat"),
     ("planner",),
-    ("model", "runtime", "checkpoint", "data", "corpus", "placement", "progress", "charts"),
+    ("model", "runtime", "checkpoint", "data", "corpus", "placement", "progress", "charts", "trace"),
     ("layers", "backends", "schedule", "comm", "config"),
     ("settings",),
 )
@@ -37,13 +37,14 @@ ARROWS = {
     "train": {"steps", "saving", "rehearsal", "job", "comm", "config"},
     "steps": {"job", "runtime", "schedule", "comm"},
     "saving": {"job", "checkpoint", "config"},
-    "rehearsal": {"job", "schedule"},
+    "rehearsal": {"job", "planner", "schedule"},
     "job": {
-        "resume", "measure", "planner", "model", "runtime", "checkpoint", "data", "placement", "progress", "backends",
-        "schedule", "comm", "config",
+        "resume", "measure", "seat", "planner", "model", "runtime", "checkpoint", "data", "progress", "schedule",
+        "comm", "config",
     },
     "generate": {"data"},
     "resume": {"checkpoint", "comm", "config"},
+    "seat": {"placement", "backends", "comm", "config"},
     "measure": {"planner", "runtime", "backends", "schedule", "comm", "config"},
     "predict": {"model", "runtime", "checkpoint", "data", "backends", "schedule", "comm", "config"},
     "prepare": {"corpus", "data"},
@@ -58,6 +59,7 @@ ARROWS = {
     "placement": set(),
     "progress": set(),
     "charts": set(),
+    "trace": {"schedule"},
     "layers": set(),
     "backends": set(),
     "schedule": set(),
@@ -70,12 +72,15 @@ DOORS = {
     "mpi4py": ("hpcpipe/comm/mpi.py",),
     "h5py": ("hpcpipe/checkpoint/",),
     "ctypes": ("hpcpipe/backends/cpu.py",),
-    "cupy": (),
+    "cupy": ("hpcpipe/backends/cuda/", "hpcpipe/comm/nccl.py"),
+    "nvmath": ("hpcpipe/backends/cuda/",),
+    "cudnn": ("hpcpipe/backends/cuda/",),
+    "pynvml": ("hpcpipe/placement/devices.py",),
     "tokenizers": ("hpcpipe/prepare.py", "hpcpipe/data.py"),
     "pyarrow": ("hpcpipe/corpus.py",),
     "matplotlib": ("hpcpipe/charts.py",),
 }
-LAZY = ("tokenizers", "pyarrow", "matplotlib")
+LAZY = ("tokenizers", "pyarrow", "matplotlib", "cupy", "nvmath", "cudnn", "pynvml")
 # None of these for `hpcpipe --help`.
 HEAVY = ("numpy", "h5py", "mpi4py", "tokenizers", "matplotlib", "ctypes", "multiprocessing", "asyncio")
 
@@ -100,6 +105,7 @@ FILE_LINES, FUNCTION_LINES, README_LINES = 400, 60, 200
 # ---- the files -------------------------------------------------------------------------------------------------------
 
 SOURCES = sorted((ROOT / "hpcpipe").rglob("*.py"))
+SUFFIXES = (".py", ".c", ".h", ".cu", ".cuh", ".cpp", ".md", ".sbatch", ".sh")
 WRITTEN = ("hpcpipe", "native", "benchmarks", "tests", "slurm", "docs", ".ci")
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 
@@ -114,9 +120,7 @@ def read(path: Path) -> str:
 
 def written() -> list[Path]:
     """Everything a person wrote."""
-    below = [
-        f for folder in WRITTEN for f in (ROOT / folder).rglob("*") if f.suffix in (".py", ".c", ".h", ".md", ".sbatch")
-    ]
+    below = [f for folder in WRITTEN for f in (ROOT / folder).rglob("*") if f.suffix in SUFFIXES]
     return sorted(f for f in [*below, *ROOT.glob("*.py"), *ROOT.glob("*.md")] if f.is_file())
 
 

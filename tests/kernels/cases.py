@@ -61,11 +61,12 @@ FAMILIES: dict[str, list[Env]] = {
         *_rows("n v c r", (33, 2, 5, 33), (301, 777, 40, 128), scale=0.125, on=0),
     ],
     "narrow": _MATRIX,
+    "halve": _rows("n", (1,), (37,), (2049,), (100003,)),
     "widen": _MATRIX,
     "accumulate": _rows("n", (1,), (37,), (2049,), (100003,)),
     "sumsq": _rows("n", (1,), (37,), (2049,), (100003,), (1200007,)),
-    "adamw": [{"n": n, "decay": decay, "hyper": h} for n, decay in ((1, 0.1), (37, 0.0), (2049, 0.1), (100003, 0.1))
-              for h in HYPER],
+    "adamw": [{"n": n, "decay": decay, "hyper": h, "half": half} for half in (True, False)
+              for n, decay in ((1, 0.1), (37, 0.0), (2049, 0.1), (100003, 0.1)) for h in HYPER],
 }  # fmt: skip
 
 CASES: list[tuple[str, Env]] = [(kernel.name, env) for kernel in TABLE for env in FAMILIES[kernel.name.split("_")[0]]]
@@ -73,7 +74,8 @@ CASES: list[tuple[str, Env]] = [(kernel.name, env) for kernel in TABLE for env i
 
 def shapes_of(name: str, env: Env) -> dict[str, tuple[int, ...] | None]:
     """The shape of every buffer of a kernel; None for one that this case leaves out."""
-    there = {"z": env.get("around", False), "b": env.get("bias", True), "db": env.get("bias", True)}
+    bias = env.get("bias", True)
+    there = {"half": env.get("half", False), "z": env.get("around", False), "b": bias, "db": bias}
     return {
         a.name: None if a.optional and not there[a.name] else tuple(evaluate(s, env) for s in a.shape)
         for a in BY_NAME[name].buffers
@@ -120,9 +122,20 @@ def reference(name: str, env: Env, values: dict[str, Array | None]) -> dict[str,
         if a.role in ("out", "scratch"):
             buffers[a.name] = np.full(shape, np.nan)
         else:
-            buffers[a.name] = None if given is None else given.astype(np.float64) if a.type == "r" else given.copy()
+            real = given is not None and a.type in ("r", "a")
+            buffers[a.name] = None if given is None else given.astype(np.float64) if real else given.copy()
     FUNCTIONS[name](*buffers.values(), *(env[s] for s in row.ints + row.reals))
     return {a.name: b for a in row.buffers if a.role in ("out", "inout") and (b := buffers[a.name]) is not None}
+
+
+def concrete(type: str, compute: str = "r") -> str:
+    """The element type of an argument where the compute type is ``compute``."""
+    return compute if type == "a" else type
+
+
+def widened(half: Array) -> Array:
+    """The float32 numbers whose upper halves these are."""
+    return (half.astype(np.uint32) << 16).view(np.float32)
 
 
 def label(case: tuple[str, Env]) -> str:

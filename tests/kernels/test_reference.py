@@ -247,7 +247,7 @@ def test_adamw_is_the_textbook_update() -> None:
     for step in range(1, 4):
         g[...] = gradients[step - 1]
         hyper = np.array([lr, b1, b2, eps, 1 - b1**step, 1 - b2**step, scale, np.nan])
-        reference.adamw_step(mine, g, m, v, hyper, decay)
+        reference.adamw_step(mine, g, m, v, None, hyper, decay)
         assert not g.any()
     for i in range(5):
         value, first, second = p[i], 0.0, 0.0

@@ -90,7 +90,7 @@ def test_values_arrive_in_their_types() -> None:
         ("[pipeline]\nmemory = -0.5", "pipeline.memory is -0.5, expected 0 or more"),
         ("[optimizer]\nearly = 1", "optimizer.early is 1, expected true or false"),
         ('[model]\nfamily = "rnn"', 'model.family is the text "rnn", expected llama or gpt2'),
-        ('[device]\nbackend = "gpu"', 'device.backend is the text "gpu", expected cpu or reference'),
+        ('[device]\nbackend = "gpu"', 'device.backend is the text "gpu", expected cpu, cuda or reference'),
         (
             '[pipeline]\ncut = "evn"',
             'pipeline.cut is the text "evn", expected auto or measured or even; did you mean even?',

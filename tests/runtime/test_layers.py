@@ -218,6 +218,25 @@ def test_halved_activations_take_half_the_room_and_cost_three_digits(family: str
         np.testing.assert_array_equal(one.grad(name), half.grad(name))
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_computing_on_bfloat16_costs_two_digits_and_keeps_sums_and_masters_whole(family: str) -> None:
+    m = replace(TINY[family], dropout=0.2)
+    plain, half = model_rig(m).clear().run(), model_rig(m, compute="h").clear().run()
+    r = half.recording
+    np.testing.assert_allclose(half["y"], plain["y"], rtol=1e-2)
+    for name in plain.recording.params:
+        size = np.abs(plain.grad(name)).max()
+        np.testing.assert_allclose(half.grad(name) / size, plain.grad(name) / size, atol=0.1)
+    assert {t.type for group in (r.params, r.grads) for t in group.values()} == {"r"}
+    read = {name for name, spec in half.layer.params.items() if len(spec.shape) == 2 or name.endswith(".bias")}
+    norms = {name for name in read if "norm" in name}
+    assert r.halves.keys() == read - norms
+    calls = [c for calls in r.passes.values() for c in calls]
+    kinds = {(a.type, t.type) for c in calls for a, t in zip(c.row.buffers, c.buffers, strict=True) if t is not None}
+    assert ("a", "h") in kinds and not {("a", "r"), ("r", "h")} & kinds
+    assert sum(c.nbytes for c in calls) < 0.75 * sum(c.nbytes for c in sum(plain.recording.passes.values(), ()))
+
+
 # --- the ends of a model
 
 
@@ -283,8 +302,8 @@ TINY = {
 }
 
 
-def model_rig(m: ModelConfig, change: Any = lambda r: r, **options: object) -> Rig:
-    rig = Rig(model.chain(m, 2, T, scale=1 / N, **options), change=change)
+def model_rig(m: ModelConfig, change: Any = lambda r: r, compute: str = "r", **options: object) -> Rig:
+    rig = Rig(model.chain(m, 2, T, scale=1 / N, **options), change=change, compute=compute)
     rng = np.random.default_rng(3)
     for name, tensor in rig.recording.params.items():
         # Larger than at the start of a training run, so that no part of the model is nearly linear.
