@@ -134,11 +134,11 @@ class DeviceConfig:
         "cpu", "cpu (native library), cuda (a GPU for each rank) or reference (numpy)",
         one_of=("cpu", "cuda", "reference"),
     )  # fmt: skip
-    threads: int = value(0, "threads per rank; 0 = this rank's share of the cores", least=0, most=1024, result=False)
     transport: str = value(
         "auto", "how messages leave a GPU: nccl, mpi (CUDA-aware), staged (through pinned host memory) or auto",
         one_of=("auto", "nccl", "mpi", "staged"), result=False,
     )  # fmt: skip
+    threads: int = value(0, "threads per rank; 0 = this rank's share of the cores", least=0, most=1024, result=False)
 
 
 @dataclass(frozen=True)

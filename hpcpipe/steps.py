@@ -20,6 +20,7 @@ from hpcpipe.job import Job
 from hpcpipe.runtime.account import PARTS, Wait
 from hpcpipe.runtime.optimizer import learning_rate
 from hpcpipe.runtime.standing import LAST
+from hpcpipe.runtime.suspect import suspect
 from hpcpipe.schedule.families import period
 from hpcpipe.schedule.op import KINDS, Op
 
@@ -182,15 +183,26 @@ class Steps:
         assert verdict is not None and pending is not None
         if not verdict.finite:
             self.job.link.agree(
-                f"step {pending.step + 1}: loss {verdict.loss} and gradient norm {verdict.norm} are not finite; lower "
-                "optimizer.lr, lengthen optimizer.warmup or set optimizer.clip, and start again: the run goes on from "
-                "its newest checkpoint"
+                f"step {pending.step + 1}: loss {verdict.loss} and gradient norm {verdict.norm} are not finite"
+                f"{self._blamed()}; lower optimizer.lr, lengthen optimizer.warmup or set optimizer.clip, and start "
+                "again: the run goes on from its newest checkpoint"
             )
         if pending.guessed:
             self.job.optimizer.take_back()
             self.voided += 1
         self._update()
         self._tell()
+
+    def _blamed(self) -> str:
+        """Where it came from: the first tensor of a forward pass, or else the first gradient on the way back."""
+        job = self.job
+        told = job.link.bcast(job.link.gather((job.place, suspect(job.executor, job.program))) or [])
+        found = [sentence for _, sentence in sorted(told) if sentence]
+        if found:
+            return f" ({found[0]})"
+        backward = zip(reversed(job.plan.names), reversed(self.squares.tolist()), strict=True)
+        bad = next((name for name, square in backward if not np.isfinite(square)), "")
+        return f" (the gradient of {bad} is the first on the way back that is not)" if bad else ""
 
     def _update(self) -> None:
         verdict, pending = self.verdict, self.pending

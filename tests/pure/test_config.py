@@ -90,7 +90,7 @@ def test_values_arrive_in_their_types() -> None:
         ("[pipeline]\nmemory = -0.5", "pipeline.memory is -0.5, expected 0 or more"),
         ("[optimizer]\nearly = 1", "optimizer.early is 1, expected true or false"),
         ('[model]\nfamily = "rnn"', 'model.family is the text "rnn", expected llama or gpt2'),
-        ('[device]\nbackend = "gpu"', 'device.backend is the text "gpu", expected cpu, cuda or reference'),
+        ('[device]\nbackend = "gpu"', 'device.backend is the text "gpu", expected cpu or cuda or reference'),
         (
             '[pipeline]\ncut = "evn"',
             'pipeline.cut is the text "evn", expected auto or measured or even; did you mean even?',
@@ -246,6 +246,7 @@ def test_which_settings_leave_the_result_alone() -> None:
         "checkpoint.keep_every",
         *("pipeline.ranks", "pipeline.replicas", "pipeline.schedule", "pipeline.stages", "pipeline.group"),
         *("pipeline.cut", "pipeline.memory", "pipeline.timeout", "optimizer.early", "device.threads"),
+        "device.transport",
     }
 
 
