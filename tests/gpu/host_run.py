@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,14 +32,21 @@ def gpus(
     count: int,
     seed: int = 0,
     libraries: Callable[..., Sequence[Any]] = lambda driver, launchers, backend: (),
+    fails: Mapping[int, int] = {},  # noqa: B006
     **options: Any,
 ) -> Iterator[list[HostDriver]]:
-    """Inside, ``device.backend = "cuda"`` finds ``count`` devices; rank r sits at device r % count."""
+    """Inside, ``device.backend = "cuda"`` finds ``count`` devices; rank r sits at device r % count.
+
+    ``fails``: of a device, after how many verbs it fails.
+    """
     drivers: list[HostDriver] = []
     real, compiled = opening.assemble, build.images()
 
     def connect(index: int) -> HostDriver:
-        return HostDriver(seed=seed + index, peers=drivers, **options)
+        driver = HostDriver(seed=seed + index, peers=drivers, **options)
+        if index in fails:
+            driver.fail_at(fails[index])
+        return driver
 
     def images(arch: str) -> dict[str, Image]:
         assert arch == "sm_90a"

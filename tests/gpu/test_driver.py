@@ -189,7 +189,7 @@ def test_errors_that_end_a_device_are_sentences_and_others_stay_what_they_are():
     guard = Guard(Cuda(), 0)
     guard.bus = "0000:19:00.0"
     for status in sorted(STICKY):
-        with pytest.raises(UserError, match=r"rank's GPU 0000:19:00\.0 failed: cudaErrorIllegalAddress"), guard:
+        with pytest.raises(UserError, match=r"the GPU 0000:19:00\.0 failed: cudaErrorIllegalAddress"), guard:
             raise CudaError(status)
     with pytest.raises(UserError, match=r"GPU 0000:19:00\.0: CUDA got no memory"), guard:
         raise CudaError(2)

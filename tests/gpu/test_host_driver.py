@@ -281,7 +281,7 @@ def test_it_fails_when_told_to_and_stays_so():
     device.driver.fail_at(2)
     device.plus(stream, 1.0)
     for verb in (lambda: device.driver.synchronize(stream), lambda: device.plus(stream, 1.0), device.driver.stream):
-        with pytest.raises(UserError, match=r"rank's GPU 0000:00:00\.0 failed: it was told to, at synchronize"):
+        with pytest.raises(UserError, match=r"the GPU 0000:00:00\.0 failed: it was told to, at synchronize"):
             verb()
     device.driver.release(device.y)
 

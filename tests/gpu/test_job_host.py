@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hpcpipe.config import UserError
 from tests.gpu.host import build
+from tests.gpu.host_driver import HOPPER
 from tests.gpu.host_run import gpu_run, gpus
 from tests.small_run import run, write_tokens
 
@@ -96,3 +98,36 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(data: Path, tmp_path: Pat
     again = gpu_run(data, tmp_path / "parts", 1, "llama", 2, **settings | {"train__steps": 4})
     assert again.losses[-2:] == straight.losses[-2:]
     assert again.tensors == straight.tensors
+
+
+def test_a_device_that_fails_ends_the_job_and_leaves_its_checkpoints(data: Path, tmp_path: Path) -> None:
+    settings = {**SHORT, "train__steps": 6, "checkpoint__every": 1, "device__backend": "cuda"}
+    with gpus(2) as drivers:
+        whole = run(data, tmp_path / "whole", 2, "llama", **settings)
+    verbs = sum(drivers[1].counts.values())
+    with gpus(2, fails={1: verbs * 2 // 3}), pytest.raises(UserError, match="the GPU .* failed: it was told to"):
+        run(data, tmp_path / "cut", 2, "llama", **settings)
+    with gpus(2):
+        again = run(data, tmp_path / "cut", 2, "llama", **settings)
+    assert 1 <= again.metrics[0]["step"] and again.losses[-1] == whole.losses[-1]
+    assert again.tensors == whole.tensors
+
+
+def test_too_little_memory_is_said_before_step_0(data: Path, tmp_path: Path) -> None:
+    small = HOPPER._replace(free=1 << 16)
+    with gpus(1, properties=small), pytest.raises(UserError, match=r"rank 0 needs 0\.0 GiB, its share of the free memory"):
+        run(data, tmp_path / "run", 1, "llama", device__backend="cuda", **SHORT)
+    assert not list((tmp_path / "run").glob("step_*"))
+    with gpus(1, limit=1 << 16), pytest.raises(UserError, match="bytes|GiB|MiB"):
+        run(data, tmp_path / "run", 1, "llama", device__backend="cuda", **SHORT)
+
+
+def test_what_is_allocated_is_what_was_planned_and_nothing_comes_later(data: Path, tmp_path: Path) -> None:
+    counts = []
+    for steps in (2, 5):
+        with gpus(1) as drivers:
+            run(data, tmp_path / str(steps), 1, "llama", device__backend="cuda", **SHORT | {"train__steps": steps})
+        counts.append(drivers[0].counts)
+    once = ("allocate", "pinned", "stream", "event", "load", "begin_capture", "end_capture", "launch")
+    assert all(counts[0][verb] == counts[1][verb] > 0 for verb in once)
+    assert counts[0]["launch_graph"] < counts[1]["launch_graph"]

@@ -31,7 +31,7 @@ LINUX_DRIVERS = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}  # the first
 
 def failure(bus: str, what: str) -> str:
     """The sentence for a device that is lost to this process."""
-    return f"rank's GPU {bus} failed: {what}; look into `dmesg` for Xid messages and start again, perhaps without it"
+    return f"the GPU {bus} failed: {what}; look into `dmesg` for Xid messages and start again, perhaps without it"
 
 
 def out_of_memory(nbytes: int, free: int, properties: Properties) -> str:
