@@ -12,7 +12,7 @@ from hpcpipe.backends.backend import open_backend
 from hpcpipe.backends.null import record
 from hpcpipe.checkpoint.read import Checkpoint
 from hpcpipe.comm.local import LocalWorld
-from hpcpipe.config import ModelConfig, loads
+from hpcpipe.config import DeviceConfig, ModelConfig, UserError, loads
 from hpcpipe.data import TOKENIZER
 from hpcpipe.runtime import arena
 from hpcpipe.runtime.executor import Executor, Stage
@@ -24,8 +24,18 @@ def open_predictor(path: str, tokens: int) -> tuple[Predictor, Path]:
     checkpoint = Checkpoint.open(path)
     config = loads(str(checkpoint.attributes["config"]), f"the config in {checkpoint.path}")
     length = min(config.model.context, -(-max(tokens, 1) // 64) * 64)
-    predictor = Predictor(checkpoint, config.model, length, open_backend(config.device.backend, config.device.threads))
+    predictor = Predictor(checkpoint, config.model, length, _backend(config.device))
     return predictor, checkpoint.path.parent / TOKENIZER
+
+
+def _backend(device: DeviceConfig) -> Any:
+    """What the model was trained on, or the CPU: a checkpoint may be looked at where there is no GPU."""
+    try:
+        return open_backend(device.backend, device.threads)
+    except UserError:
+        if device.backend != "cuda":
+            raise
+        return open_backend("cpu", device.threads)
 
 
 class Predictor:

@@ -1,7 +1,8 @@
 """A GPU in a dozen verbs: what the CUDA backend and the device links ask of it, and nothing more.
 
-Device memory is an address, a stream and an event are handles. ``CupyDriver`` (cupy_driver.py) speaks to a real one; the tests
-have another that poses in host memory, so that the order of everything on every stream is tested where there is none.
+Device memory is an address, a stream and an event are handles. ``CupyDriver`` (cupy_driver.py) speaks to a real one;
+the tests have another that poses in host memory, so that the order of everything on every stream is tested where there
+is none.
 """
 
 from __future__ import annotations
