@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from hpcpipe.backends.backend import open_backend
 from hpcpipe.comm import device as transports
+from hpcpipe.comm import nccl
 from hpcpipe.comm.link import Link
 from hpcpipe.config import Config, UserError
 from hpcpipe.placement import cores, devices, mapping, memory, network
@@ -101,6 +102,7 @@ def _with_gpu(config: Config, link: Link, tags: int) -> Seat:
     if place.cores:
         cores.bind(place.cores)
     os.environ.update(network.settings(place, os.environ, network.configured(os.environ)))
+    os.environ.update(nccl.settings(os.environ))  # before CUDA starts
     backend = _opened(config, link, 1, place.device)
     places = _everybody(link, place)
     gpus = [f"{p.host} {p.gpu.bus} {p.mig}".rstrip() for p in places]

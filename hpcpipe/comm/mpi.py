@@ -259,6 +259,13 @@ class MpiLink:
     def node_ranks(self) -> tuple[int, int]:
         return self._node
 
+    def library(self) -> tuple[str, str]:
+        """MPI's own words: its version, and the memory kinds that it takes (MPI 4.1; "" before)."""
+        info = self._comm.Get_info()
+        kinds = info.Get("mpi_memory_alloc_kinds") or ""
+        info.Free()
+        return self._mpi.Get_library_version(), kinds
+
     def close(self) -> None:
         for group in self._groups:
             group.close()

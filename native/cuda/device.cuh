@@ -254,7 +254,7 @@ HP_FN void hp_mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b
 
 /* ==== below this line: wrappers that the authors of kernels add ==================================================== */
 
-/* ---- elements one after the other: for kernels that memory limits --------------------------------------------------- */
+/* ---- elements one after the other: for kernels that memory limits ------------------------------------------------- */
 HP_FN float hp_nan(void) { return hp_float_of(0x7fc00000); }
 HP_FN int64_t hp_smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 

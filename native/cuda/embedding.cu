@@ -5,8 +5,8 @@
  *   embedding_dw:  dw[ids] += dy               accumulates
  *   position_fwd:  y = x + w[row % t]          writes y
  *   position_dw:   dw[row % t] += dy           accumulates
- * Moves, with e bytes an element (4 or 2), 2 e n c bytes (fwd; position 3 e n c at most), (e + 8) n c (dw: the rows that
- * occur, read and written, and dy).
+ * Moves, with e bytes an element (4 or 2), 2 e n c bytes (fwd; position 3 e n c at most), (e + 8) n c (dw: the rows
+ * that occur, read and written, and dy).
  * The trick: embedding_dw has a block for each token. One whose number stood further ahead has nothing to do; the first
  * one gathers all tokens of its number and adds them in their order, so that no atomics are needed and the bits are
  * those of a loop. position_dw sums over the sequences in order.

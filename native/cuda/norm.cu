@@ -4,11 +4,11 @@
  *              dx = rstd (g - mean(g) - u mean(g u)) + z;   dw += sum over n of dy u;   db += sum over n of dy
  *   rmsnorm:   u = x rstd,          y = u w,     rstd = 1/sqrt(mean(x^2) + eps)
  *              dx = rstd (g - u mean(g u)) + z;             dw += sum over n of dy u
- * z is the gradient that comes around the layer, and may be absent. fwd and dx write, dw accumulates. Moves, with e bytes
- * an element (4 or 2), 2 e n c (fwd), 3 e n c (dx), 2 e n c (dw).
+ * z is the gradient that comes around the layer, and may be absent. fwd and dx write, dw accumulates. Moves, with e
+ * bytes an element (4 or 2), 2 e n c (fwd), 3 e n c (dx; 4 e n c with z), 2 e n c (dw).
  * The trick: blockDim.x threads hold a row in registers as it lies in memory, so that the second look at it costs
- * nothing; only what is beyond HELD_ pieces of 16 bytes a thread is read again, from cache. dw goes in two steps: blocks
- * of rows and columns, as many as n says, whatever the device; then the blocks of a column, in a fixed order.
+ * nothing; only what is beyond HELD_ pieces of 16 bytes a thread is read again, from cache. dw goes in two steps:
+ * blocks of rows and columns, as many as n says, whatever the device; then the blocks of a column, in a fixed order.
  */
 #include "device.cuh"
 
@@ -271,8 +271,8 @@ HP_FN void rmsnorm_dw_blocks(const A *dy, const A *x, const float *rstd, int64_t
     void *work) {
   norm_dw_blocks<A, false>(dy, x, nullptr, rstd, n, c, rows, (float *)work);
 }
-HP_ENTRY(rmsnorm_dw_blocks, FOUR_BLOCKS, (const A *dy, const A *x, const float *rstd, int64_t n, int64_t c, int64_t rows,
-    void *work), (dy, x, rstd, n, c, rows, work))
+HP_ENTRY(rmsnorm_dw_blocks, FOUR_BLOCKS, (const A *dy, const A *x, const float *rstd, int64_t n, int64_t c,
+    int64_t rows, void *work), (dy, x, rstd, n, c, rows, work))
 
 extern "C" __global__ void __launch_bounds__(256) hp_rmsnorm_dw_total(float *dw, int64_t c, int64_t blocks,
     const void *work) {

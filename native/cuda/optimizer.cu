@@ -26,8 +26,8 @@ extern "C" __global__ void __launch_bounds__(256) hp_accumulate(float *__restric
   });
 }
 
-/* Sum of squares of N numbers: high + low in float32, exact but for the sum of the lows. A square must be rounded on its
- * own, not be half of a fused multiply-add: hence __fmul_rn. */
+/* Sum of squares of N numbers: high + low in float32, exact but for the sum of the lows. A square must be rounded on
+ * its own, not be half of a fused multiply-add: hence __fmul_rn. */
 #define LEAST 0x1p-50f
 #define MOST 0x1p+50f
 template <int N>

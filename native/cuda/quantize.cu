@@ -12,12 +12,14 @@
  * Tiled: tiles of 128 rows by 4 groups, 512 bytes each, row-major; in a tile, row r and group k at
  * (r % 32) 16 + (r / 32) 4 + k; what is beyond the matrix is 0. This is what cuBLAS' documentation calls the 1D block
  * scaling factors layout (128x4 tiles); `rows` and `blocks` are its layouts of 128-element scales, M-major and K-major.
- * A multiplier is at most 2^126, and 1 for nothing but zeros; a float32 below 2^-126 counts as zero. A NaN or an infinity
- * in a group makes its scale or all of its codes NaN (e2m1 has none: there it is the scale): nothing is hidden.
+ * A multiplier is at most 2^126, and 1 for nothing but zeros; a float32 below 2^-126 counts as zero. A NaN or an
+ * infinity in a group makes its scale or all of its codes NaN (e2m1 has none: there it is the scale): it is not hidden.
  * Moves x once, q and qt once. The trick: a tile of 128 x 128 lies in shared memory, and rows and columns of it are the
  * same work: a warp takes a line, lane l the elements l, l + 32, l + 64, l + 96, so that no bank is asked twice.
  */
 #include "device.cuh"
+
+typedef unsigned char hp_byte;
 
 enum { THREADS = 256, TILE = 128, PITCH = TILE + 1 };
 enum { TENSOR, ROWS, BLOCKS, MX, NV };
@@ -33,7 +35,7 @@ HP_FN float multiplier_of(float amax, float largest) {
   return multiplier > LARGEST_MULTIPLIER ? LARGEST_MULTIPLIER : multiplier;
 }
 
-/* The E8M0 byte, exponent + 127, of the least power of two with amax <= largest 2^e; 1.75 2^8 or 2^15 is the largest. */
+/* The E8M0 byte, e + 127, of the least e with amax <= largest 2^e; the largest is 1.75 2^8 or 1.75 2^15. */
 HP_FN int32_t exponent_of(float amax, bool wide) {
   const int32_t bits = hp_bits_of(amax), exponent = bits >> 23;
   if (exponent == 0) return 0;
@@ -42,7 +44,9 @@ HP_FN int32_t exponent_of(float amax, bool wide) {
   return e < 0 ? 0 : e;
 }
 /* 2^-e as a float, of the byte; a NaN of a NaN. */
-HP_FN float inverse_of(int32_t byte) { return byte == 255 ? hp_float_of(0x7fc00000) : hp_float_of((254 - byte) << 23); }
+HP_FN float inverse_of(int32_t byte) {
+  return byte == 255 ? hp_float_of(0x7fc00000) : hp_float_of((254 - byte) << 23);
+}
 
 HP_FN int64_t tiles(int64_t size, int64_t width) { return (size + width - 1) / width; }
 
@@ -53,12 +57,12 @@ HP_FN int64_t tiled(int64_t row, int64_t group, int64_t groups) {
 
 /* One of two lies of the matrix: `rows` lines of `cols` elements. */
 typedef struct {
-  uint8_t *q;
+  hp_byte *q;
   void *scales;
   int64_t rows, cols;
 } hp_codes;
 
-/* Codes of one line of a tile, a warp together: v[e] is element l + 32 e of it. `given`: amax of all x, or of the tile. */
+/* Codes of one line of a tile, a warp together: v[e] is element l + 32 e. `given`: amax of all x, or of the tile. */
 template <int KIND>
 HP_FN void encode(const hp_codes &to, const float (&v)[4], int64_t row, int64_t col, float given, bool wide) {
   float multiplier[4];
@@ -91,7 +95,7 @@ HP_FN void encode(const hp_codes &to, const float (&v)[4], int64_t row, int64_t 
       }
       /* The padding of a tile has scales too: lines beyond the matrix are zeros. */
       if (lane % size == 0 && group < tiles(groups, 4) * 4) {
-        ((uint8_t *)to.scales)[tiled(row, group, groups)] = (uint8_t)(row < to.rows && group < groups ? stored : 0);
+        ((hp_byte *)to.scales)[tiled(row, group, groups)] = (hp_byte)(row < to.rows && group < groups ? stored : 0);
       }
     }
   }
@@ -103,20 +107,20 @@ HP_FN void encode(const hp_codes &to, const float (&v)[4], int64_t row, int64_t 
       const float low_next = __shfl_down_sync(0xffffffffu, low, 1), high_next = __shfl_down_sync(0xffffffffu, high, 1);
       const uint32_t pair = hp_e2m1x2_of(low, low_next) | hp_e2m1x2_of(high, high_next) << 8;
       const int64_t at = (col + 32 * e + lane) / 2;
-      if (lane % 2 == 0 && row < to.rows && at < width) to.q[row * width + at] = (uint8_t)pair;
-      if (lane % 2 == 0 && row < to.rows && at + 16 < width) to.q[row * width + at + 16] = (uint8_t)(pair >> 8);
+      if (lane % 2 == 0 && row < to.rows && at < width) to.q[row * width + at] = (hp_byte)pair;
+      if (lane % 2 == 0 && row < to.rows && at + 16 < width) to.q[row * width + at + 16] = (hp_byte)(pair >> 8);
     } else {
       const uint32_t pair = wide ? hp_e5m2x2_of(low, high) : hp_e4m3x2_of(low, high);
       const int64_t at = col + 32 * e + lane;
-      if (row < to.rows && at < width) to.q[row * width + at] = (uint8_t)pair;
-      if (row < to.rows && at + 32 < width) to.q[row * width + at + 32] = (uint8_t)(pair >> 8);
+      if (row < to.rows && at < width) to.q[row * width + at] = (hp_byte)pair;
+      if (row < to.rows && at + 32 < width) to.q[row * width + at + 32] = (hp_byte)(pair >> 8);
     }
   }
 }
 
 /* grid = (tiles of columns, tiles of rows) */
 template <int KIND, typename A>
-HP_FN void quantize(uint8_t *q, void *scales, uint8_t *qt, void *scales_t, const A *x, const float *amax, int64_t n,
+HP_FN void quantize(hp_byte *q, void *scales, hp_byte *qt, void *scales_t, const A *x, const float *amax, int64_t n,
     int64_t c, bool wide) {
   HP_DYNAMIC_SHARED(float, tile); /* [TILE][PITCH] */
   __shared__ float room[32];
@@ -202,14 +206,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) hp_quantize_amax_total(flo
   if (hp_thread() == 0) *amax = own;
 }
 
-#define ENTRIES(name, KIND)                                                                                          \
-  extern "C" __global__ void __launch_bounds__(THREADS) hp_quantize_##name(uint8_t *q, void *scales, uint8_t *qt,    \
-      void *scales_t, const float *x, const float *amax, int64_t n, int64_t c, int64_t wide) {                       \
-    quantize<KIND>(q, scales, qt, scales_t, x, amax, n, c, wide != 0);                                               \
-  }                                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(THREADS) hp_quantize_##name##_h(uint8_t *q, void *scales, uint8_t *qt, \
-      void *scales_t, const uint16_t *x, const float *amax, int64_t n, int64_t c, int64_t wide) {                    \
-    quantize<KIND>(q, scales, qt, scales_t, x, amax, n, c, wide != 0);                                               \
+#define ENTRIES(name, KIND)                                                                                            \
+  extern "C" __global__ void __launch_bounds__(THREADS) hp_quantize_##name(hp_byte *q, void *scales, hp_byte *qt,      \
+      void *scales_t, const float *x, const float *amax, int64_t n, int64_t c, int64_t wide) {                         \
+    quantize<KIND>(q, scales, qt, scales_t, x, amax, n, c, wide != 0);                                                 \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(THREADS) hp_quantize_##name##_h(hp_byte *q, void *scales, hp_byte *qt,  \
+      void *scales_t, const uint16_t *x, const float *amax, int64_t n, int64_t c, int64_t wide) {                      \
+    quantize<KIND>(q, scales, qt, scales_t, x, amax, n, c, wide != 0);                                                 \
   }
 ENTRIES(tensor, TENSOR)
 ENTRIES(rows, ROWS)

@@ -233,6 +233,8 @@ class FakeCublasLt:
                 x % elements == 0 for x in (m, n, k, A["ld"], B["ld"])
             )
             together &= D["A_SCALE_POINTER"] != 0 and D["B_SCALE_POINTER"] != 0
+            modes = D["A_SCALE_MODE"], D["B_SCALE_MODE"]
+            together &= modes in ((0, 0), (2, 2), (4, 4), (4, 5), (5, 4))  # never blocks twice, never mixed
             together &= "BIAS" not in epilogue or D.get("BIAS_DATA_TYPE") == R_16BF
         else:
             together &= not (D["A_SCALE_POINTER"] or D["B_SCALE_POINTER"])
@@ -256,26 +258,41 @@ class FakeCublasLt:
             scalars = lambda: numbers  # noqa: E731
         else:
             scalars = lambda: [float(memory(x, 1, np.float32)[0]) for x in (alpha, beta)]  # noqa: E731
-        self.calls.append({**problem, "algorithm": index})
+        self.calls.append({**problem, "algorithm": index, "workspace": workspace})
         at = SimpleNamespace(a=a, b=b, c=c, d=d)
         self.driver.call(lambda: self._multiply(problem, at, scalars(), splits), stream)
         for _ in range(self.slow.get(index, 0)):
             self.driver.call(lambda: None, stream)
 
+    def _scales(self, problem: dict[str, Any], side: str) -> Array:
+        """What each element [depth, row] of an operand is multiplied with, in the documented layout of each mode."""
+        depth, rows = problem[side]["rows"], problem[side]["cols"]
+        address, mode = problem[f"{side}_SCALE_POINTER"], self.MatmulMatrixScale(problem[f"{side}_SCALE_MODE"]).name
+        k, row = np.ogrid[:depth, :rows]
+        if mode == "SCALAR_32F":
+            return memory(address, 1, np.float32)[0]
+        if mode == "VEC128_32F":
+            at = k // 128 * rows + row
+        elif mode == "BLK128x128_32F":
+            at = row // 128 * (-(-depth // 512) * 4) + k // 128
+        else:
+            assert mode == "VEC32_UE8M0"
+            tiles, group = -(-depth // 128), k // 32
+            at = (row // 128 * tiles + group // 4) * 512 + row % 32 * 16 + row // 32 % 4 * 4 + group % 4
+            return 2.0 ** (memory(address, int(at.max()) + 1, np.uint8)[at].astype(np.float64) - 127)
+        return memory(address, int(at.max()) + 1, np.float32)[at]
+
     def _multiply(self, problem: dict[str, Any], at: Any, scalars: list[float], splits: int) -> None:
         A, B, C, D = (columns(p, problem[n]) for p, n in ((at.a, "A"), (at.b, "B"), (at.c, "D"), (at.d, "D")))
         left, right = A.astype(np.float32), B.astype(np.float32)
+        if problem["A"]["type"] in NARROW:  # [depth, rows], both
+            left, right = left * self._scales(problem, "A"), right * self._scales(problem, "B")
         left = left.T if problem["TRANSA"] else left
         right = right.T if problem["TRANSB"] else right
-        scale = 1.0
-        for side in "AB":
-            if problem["A"]["type"] in NARROW:
-                assert problem[f"{side}_SCALE_MODE"] == self.MatmulMatrixScale.SCALAR_32F
-                scale *= float(memory(problem[f"{side}_SCALE_POINTER"], 1, np.float32)[0])
         alpha, beta = scalars
         pieces = np.array_split(np.arange(problem["k"]), splits)
         sums = sum(left[:, p].astype(np.float64) @ right[p].astype(np.float64) for p in pieces)
-        result = np.float64(alpha * scale) * sums
+        result = np.float64(alpha) * sums
         if beta:
             result = result + beta * C.astype(np.float64)
         epilogue, m = problem["epilogue"], problem["m"]

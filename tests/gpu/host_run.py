@@ -32,7 +32,7 @@ def gpus(
     count: int,
     seed: int = 0,
     libraries: Callable[..., Sequence[Any]] = lambda driver, launchers, backend: (),
-    fails: Mapping[int, int] = {},  # noqa: B006
+    fails: Mapping[int, int] = {},
     **options: Any,
 ) -> Iterator[list[HostDriver]]:
     """Inside, ``device.backend = "cuda"`` finds ``count`` devices; rank r sits at device r % count.

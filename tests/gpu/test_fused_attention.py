@@ -16,7 +16,7 @@ from hpcpipe.backends.cuda.fused_attention import FusedAttention, Shape
 from tests.gpu.fake_libraries import FakeCudnn
 from tests.gpu.host import build
 from tests.gpu.host_driver import HostDriver
-from tests.gpu.test_kernels_host import HALF_STEP, prepared
+from tests.gpu.kernel_calls import HALF_STEP, prepared
 from tests.gpu.test_products import Bench, call_of, results, site_of
 from tests.kernels.cases import CASES, label, reference, widened
 

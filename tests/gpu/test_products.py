@@ -22,13 +22,15 @@ from hpcpipe.backends.cuda.launch import Launch, Site
 from hpcpipe.backends.cuda.launches_products import WORK
 from hpcpipe.backends.cuda.products import Products, forward, input_gradient, narrowed
 from hpcpipe.backends.cuda.products_cublaslt import MatmulStep, Pointers, Product
+from hpcpipe.backends.cuda.products_narrow import FACTORS, NarrowProducts
+from hpcpipe.backends.cuda.recipes import FORMATS, RECIPES, dequantize, quantize
 from hpcpipe.backends.kernels import BY_NAME, SIZES, evaluate
 from hpcpipe.backends.null import Call, Tensor
 from hpcpipe.config import UserError
 from tests.gpu.fake_libraries import DTYPES, E4M3, E5M2, FakeCublasLt, gelu, gelu_slope
 from tests.gpu.host import build
 from tests.gpu.host_driver import HOPPER, HostDriver
-from tests.gpu.test_kernels_host import HALF_STEP, LAUNCHERS, TYPES, compare, prepared, rounded
+from tests.gpu.kernel_calls import HALF_STEP, LAUNCHERS, TYPES, compare, prepared, rounded
 from tests.kernels.cases import CASES, Env, concrete, label, reference, shapes_of, widened
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs g++: kernels are compiled for the host with it")
@@ -369,6 +371,55 @@ def test_linear_rows_by_way_of_fp8(name, size):
             assert off > 0.005  # it is not the wide product
 
 
+@pytest.mark.parametrize("name", ROWS[:3])
+@pytest.mark.parametrize("recipe", ["fp8", "fp8_block", "mxfp8"])
+@pytest.mark.parametrize("size", [(32, 64, 96), (192, 160, 288)])
+def test_linear_rows_by_recipes(name, recipe, size):
+    """Against the definition of the numbers: what is multiplied is, to the bit, what recipes.py says."""
+    bench, env = Bench(), dict(zip("noc", size, strict=True))
+    made = NarrowProducts(bench.driver, RECIPES[recipe])
+    bench.products.narrow = made
+    values = prepared(name, env, np.random.default_rng(0), True)
+    site = site_of(bench, call_of(name, env, True), values, True)
+    bench.run(bench.products.take([site])[1])
+    assert bench.lt.calls[0]["A"]["type"] == E4M3
+    given = dict(values)
+    for (key, across), operand in zip(FACTORS[name], made._operands(name), strict=True):
+        format = FORMATS[operand.format]
+        x = values[key].T if across else values[key]
+        read = dequantize(quantize(x, format, operand.granularity), format, operand.granularity)
+        given[key] = read.T if across else read
+    found = results(bench, site)
+    for key, want in reference(name, env, given).items():
+        want = reference(name, env, values)[key] if key == "db" else want
+        rtol = 1e-5 if name == "linear_dw" else HALF_STEP
+        np.testing.assert_allclose(found[key], want, rtol=rtol, atol=1e-5 * np.abs(want).max(), err_msg=key)
+    used = bench.driver.memory.used
+    made.close()
+    assert bench.driver.memory.used < used
+
+
+def test_narrow_copies_share_their_memory_and_some_products_stay_wide():
+    bench = Bench()
+    made = NarrowProducts(bench.driver, RECIPES["fp8"], stays=lambda site: site.size["o"] == 48)
+    bench.products.narrow = made
+    for o, narrow in ((32, True), (40, False), (48, False), (64, True), (32, True)):
+        env = {"n": 16, "o": o, "c": 16}
+        values = prepared("linear_fwd", env, np.random.default_rng(0), True)
+        site = site_of(bench, call_of("linear_fwd", env, True), values, True)
+        steps = bench.products.take([site])[1]
+        assert (len(steps) > 1) == narrow
+        assert (steps[-1].plan.product.types[0] == "e4m3") == narrow
+    assert len(made._rooms) == 2
+    values = prepared("linear_fwd", env, np.random.default_rng(0), False)
+    assert len(bench.products.take([site_of(bench, call_of("linear_fwd", env, False), values, False)])[1]) == 1
+
+
+def test_a_recipe_without_kernels_is_refused():
+    with pytest.raises(UserError, match=r"nvfp4 need .* no kernels"):
+        NarrowProducts(HostDriver(), RECIPES["nvfp4"])
+
+
 def test_the_fake_knows_the_narrow_types():
     assert (products_cublaslt.TYPES["e4m3"], products_cublaslt.TYPES["e5m2"]) == (E4M3, E5M2)
 
@@ -403,8 +454,10 @@ def test_the_fastest_of_those_whose_bits_never_change_is_kept(tmp_path, slow, fa
     bench, step = tuned(tmp_path, slow)  # 2 adds pieces in the result, 3 has no room, 4 rounds pieces
     assert number(step) == fastest
     assert {c["algorithm"] for c in bench.lt.calls} == {0, 1, 5}
+    rooms = {c["workspace"] for c in bench.lt.calls}  # products of another stream may be at work in the one of these
     bench.run([step])
     assert bench.lt.calls[-1]["algorithm"] == fastest
+    assert bench.lt.calls[-1]["workspace"] not in rooms
 
 
 def test_scratch_of_the_timing_is_given_back(tmp_path):

@@ -15,6 +15,9 @@ from hpcpipe.backends.kernels import BY_NAME, TABLE, evaluate
 
 Array = np.ndarray
 Env = dict[str, Any]
+# Relative to ``sizes``; a product of depth 600 has lost about four bits of float32's 24.
+TOLERANCE = 1e-5
+LAST_BIT = 2.0**-24
 
 HYPER = {
     "warm": (3e-4, 0.9, 0.95, 1e-8, 1 - 0.9**3, 1 - 0.95**3, 0.25, 0),
@@ -126,6 +129,26 @@ def reference(name: str, env: Env, values: dict[str, Array | None]) -> dict[str,
             buffers[a.name] = None if given is None else given.astype(np.float64) if real else given.copy()
     FUNCTIONS[name](*buffers.values(), *(env[s] for s in row.ints + row.reals))
     return {a.name: b for a in row.buffers if a.role in ("out", "inout") and (b := buffers[a.name]) is not None}
+
+
+def sizes(name: str, env: Env, values: dict[str, Array | None], want: dict[str, Array], seed: int) -> dict[str, float]:
+    """What an error is measured against, per result: its largest element, or the terms that cancelled in it.
+
+    A sum may come out much smaller than its terms, and only these bound the error. How large they are is asked of the
+    definition: how far the result moves when every real input moves by a float32's last bit, in units of that bit.
+    """
+    rng = np.random.default_rng(seed)
+    found = {key: max(float(np.abs(array).max()), 1e-30) for key, array in want.items()}
+    # The fewer the elements, the likelier that one draw moves none of them.
+    for _ in range(2 if sum(map(np.size, want.values())) > 1000 else 16):
+        moved = {
+            key: array * (1 + LAST_BIT * rng.uniform(-1.0, 1.0, array.shape))
+            for key, array in values.items()
+            if array is not None and array.dtype == np.float32
+        }
+        for key, other in reference(name, env, values | moved).items():
+            found[key] = max(found[key], float(np.abs(other - want[key]).max()) / LAST_BIT)
+    return found
 
 
 def concrete(type: str, compute: str = "r") -> str:

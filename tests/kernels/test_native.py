@@ -15,7 +15,19 @@ from hpcpipe.backends import cpu
 from hpcpipe.backends.cpu import CpuBackend
 from hpcpipe.backends.kernels import BY_NAME, TABLE, Kernel, bind, evaluate, prototype
 from hpcpipe.backends.null import Call, Tensor
-from tests.kernels.cases import CASES, FAMILIES, Env, concrete, inputs_of, label, reference, shapes_of, widened
+from tests.kernels.cases import (
+    CASES,
+    FAMILIES,
+    TOLERANCE,
+    Env,
+    concrete,
+    inputs_of,
+    label,
+    reference,
+    shapes_of,
+    sizes,
+    widened,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,9 +35,6 @@ Array = np.ndarray
 CANARY, PATTERN = 64, 0xA5
 HEADER = (Path(cpu.__file__).parents[2] / "native" / "include" / "hpcpipe.h").read_text()
 LEVELS = cpu.runnable()
-# Relative to ``sizes``; a product of depth 600 has lost about four bits of float32's 24.
-TOLERANCE = 1e-5
-LAST_BIT = 2.0**-24
 
 
 def execute(backend: CpuBackend, name: str, env: Env, values: dict[str, Array | None]) -> dict[str, Array]:
@@ -65,26 +74,6 @@ def execute(backend: CpuBackend, name: str, env: Env, values: dict[str, Array | 
 def _span(view: Array, memory: Array) -> slice:
     start = view.ctypes.data - memory.ctypes.data
     return slice(start, start + view.nbytes)
-
-
-def sizes(name: str, env: Env, values: dict[str, Array | None], want: dict[str, Array], seed: int) -> dict[str, float]:
-    """What an error is measured against, per result: its largest element, or the terms that cancelled in it.
-
-    A sum may come out much smaller than its terms, and only these bound the error. How large they are is asked of the
-    definition: how far the result moves when every real input moves by a float32's last bit, in units of that bit.
-    """
-    rng = np.random.default_rng(seed)
-    found = {key: max(float(np.abs(array).max()), 1e-30) for key, array in want.items()}
-    # The fewer the elements, the likelier that one draw moves none of them.
-    for _ in range(2 if sum(map(np.size, want.values())) > 1000 else 16):
-        moved = {
-            key: array * (1 + LAST_BIT * rng.uniform(-1.0, 1.0, array.shape))
-            for key, array in values.items()
-            if array is not None and array.dtype == np.float32
-        }
-        for key, other in reference(name, env, values | moved).items():
-            found[key] = max(found[key], float(np.abs(other - want[key]).max()) / LAST_BIT)
-    return found
 
 
 @pytest.fixture(scope="module", params=LEVELS)
