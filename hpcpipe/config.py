@@ -63,8 +63,8 @@ class TrainConfig:
         one_of=("float32", "bfloat16"),
     )  # fmt: skip
     compute: str = value(
-        "float32", "what products multiply: float32, or bfloat16 (sums and master weights stay float32; on a GPU)",
-        one_of=("float32", "bfloat16"),
+        "float32", "what products multiply: float32; on a GPU also bfloat16, or fp8, fp8_block, mxfp8 within bfloat16",
+        one_of=("float32", "bfloat16", "fp8", "fp8_block", "mxfp8"),
     )  # fmt: skip
     log_every: int = value(10, "steps between lines of progress", least=1, result=False)
 
@@ -266,13 +266,14 @@ def _agree(config: Config, source: str) -> None:
             f"{source}: pipeline.cut names {len(pipeline.cut)} stages, but pipeline.stages is {pipeline.stages}; "
             "make them agree"
         )
-    if train.compute == "bfloat16" and config.device.backend == "cpu":
+    backend, where = config.device.backend, {"float32": ("cpu", "cuda", "reference"), "bfloat16": ("cuda", "reference")}
+    if backend not in where.get(train.compute, ("cuda",)):
         raise UserError(
-            f"{source}: train.compute is bfloat16, but the CPU kernels multiply float32; use "
+            f"{source}: train.compute is {train.compute}, which device.backend = {backend} does not multiply; use "
             'device.backend = "cuda", or train.activations = "bfloat16" for the memory alone'
         )
-    if train.compute == "bfloat16" and train.activations == "bfloat16":
-        raise UserError(f"{source}: train.compute = bfloat16 keeps bfloat16 already; leave train.activations out")
+    if train.compute != "float32" and train.activations == "bfloat16":
+        raise UserError(f"{source}: train.compute = {train.compute} keeps bfloat16 anyway; leave train.activations out")
     try:
         microbatches(train, max(1, pipeline.replicas))
     except UserError as error:

@@ -149,7 +149,9 @@ class Job:
         p, mine, config = self.plan, self.mine, self.config
         self.seat.check_memory(mine.memory.total)
         depth = p.schedule.depth
-        stages = {s: Stage(p.stages[s % depth].recording, mine.layouts[s]) for s in mine.stages}
+        ends = ("layer.0.", f"layer.{config.model.layers - 1}.")  # recipes leave these blocks and the head alone
+        whole = frozenset(name for name in p.names if name.startswith((*ends, "head.")))
+        stages = {s: Stage(p.stages[s % depth].recording, mine.layouts[s], whole) for s in mine.stages}
         self.executor = Executor(mine.memory, stages, self.backend, self.pipeline, self.shift)
         self.reducer = Reducer(self.executor, mine.params, self.copies)
         self.program = self.executor.bind(mine.program, self.reducer.stage)

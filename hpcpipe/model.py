@@ -24,7 +24,7 @@ from hpcpipe.layers.dropout import Dropout
 from hpcpipe.layers.embedding import Embedding
 from hpcpipe.layers.layer import Layer, ParamSpec
 from hpcpipe.layers.linear import Linear
-from hpcpipe.layers.loss import LinearCrossEntropy
+from hpcpipe.layers.loss import BLOCK, LinearCrossEntropy
 from hpcpipe.layers.mlp import gelu_mlp, swiglu_mlp
 from hpcpipe.layers.norm import LayerNorm, RMSNorm
 
@@ -129,12 +129,19 @@ def _validate(m: ModelConfig, vocab: int, length: int) -> None:
 
 
 def chain(
-    m: ModelConfig, microbatch: int, length: int, scale: float = 1.0, recompute: str = "none", logits: bool = False
+    m: ModelConfig,
+    microbatch: int,
+    length: int,
+    scale: float = 1.0,
+    recompute: str = "none",
+    logits: bool = False,
+    at_once: int = BLOCK,
 ) -> Chain:
     """The whole (resolved) model for microbatches of ``microbatch`` sequences of ``length`` tokens.
 
     ``scale`` multiplies the gradient of the summed loss: 1 / (tokens of a step). ``recompute = "block"`` keeps only the
     input of each block. ``logits`` makes the model for generation: [tokens, vocab] at the end, no loss, no dropout.
+    ``at_once`` is how many logits the loss makes at once.
     """
     if length > m.context:
         raise UserError(f"model.context = {m.context} is shorter than a sequence of {length} tokens; shorten the text")
@@ -146,7 +153,8 @@ def chain(
     for i in range(m.layers):
         block = _block(m, length, salt=4 * (i + 1))
         slots[f"layer.{i}"] = Recompute(block) if recompute == "block" else block
-    last = Linear(m.width, m.vocab, std=INIT_STD) if logits else LinearCrossEntropy(m.width, m.vocab, scale, INIT_STD)
+    loss = LinearCrossEntropy(m.width, m.vocab, scale, INIT_STD, at_once)
+    last = Linear(m.width, m.vocab, std=INIT_STD) if logits else loss
     slots["head"] = Chain(Chain(norm=_norm(m)), last)
     return Chain(**slots)
 

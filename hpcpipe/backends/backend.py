@@ -38,10 +38,15 @@ class Backend(Protocol):
         """Fills an array with what ``read`` writes into the host array that it is given."""
 
     def compile(
-        self, calls: Sequence[Call], where: Callable[[Tensor], tuple[int, int]], brief: Collection[int] = ()
+        self,
+        calls: Sequence[Call],
+        where: Callable[[Tensor], tuple[int, int]],
+        brief: Collection[int] = (),
+        whole: Collection[int] = (),
     ) -> Any:
         """A recorded pass, ready to run; ``where`` gives (region, byte offset) of each tensor. Nobody needs the tensors
-        with the numbers ``brief`` after the pass: one of them may be left out where two calls become one.
+        with the numbers ``brief`` after the pass: one of them may be left out where two calls become one. What touches
+        one of ``whole`` is multiplied in the compute type, where other products may be narrower.
         """
 
     def run(self, handle: Any, memory: Any, bases: Any, work: int) -> None:

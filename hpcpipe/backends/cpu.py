@@ -151,7 +151,11 @@ class CpuBackend:
         read(array)
 
     def compile(
-        self, calls: Sequence[Call], where: Callable[[Tensor], tuple[int, int]], brief: Collection[int] = ()
+        self,
+        calls: Sequence[Call],
+        where: Callable[[Tensor], tuple[int, int]],
+        brief: Collection[int] = (),
+        whole: Collection[int] = (),
     ) -> Compiled:
         """Resolves each tensor of a pass to (region, offset) and packs the calls."""
         words = np.zeros((len(calls), 1 + 2 * MAX_ARGS), dtype=np.int64)

@@ -80,7 +80,11 @@ class ReferenceBackend:
         read(array)
 
     def compile(
-        self, calls: Sequence[Call], where: Callable[[Tensor], tuple[int, int]], brief: Collection[int] = ()
+        self,
+        calls: Sequence[Call],
+        where: Callable[[Tensor], tuple[int, int]],
+        brief: Collection[int] = (),
+        whole: Collection[int] = (),
     ) -> tuple[Step, ...]:
         """Resolves each tensor of a pass to (region, offset)."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from hpcpipe.layers.layer import Ops, Saved, Tensor, matrix
 
-BLOCK = 1 << 22  # logits at once, about: 16 MiB
+BLOCK = 1 << 22  # logits at once, about, unless somebody says otherwise: 16 MiB
 FEWEST = 341  # tokens at once, at least: their products read the whole weight, and fewer are up to a tenth slower
 
 
@@ -20,14 +20,14 @@ class LinearCrossEntropy:
     carry ``scale`` = 1 / (tokens of the whole step): those of a step sum up to those of its mean loss.
     """
 
-    def __init__(self, width: int, vocab: int, scale: float, std: float = 0.02) -> None:
-        self.scale, self.vocab = scale, vocab
+    def __init__(self, width: int, vocab: int, scale: float, std: float = 0.02, block: int = BLOCK) -> None:
+        self.scale, self.vocab, self.block = scale, vocab, block
         self.params = {"weight": matrix(vocab, width, std)}
 
     def forward(self, ops: Ops, p: Mapping[str, Tensor], x: Any) -> tuple[Any, Saved]:
         tokens = x.shape[0]
         targets, key = ops.input("targets", (tokens,), "i"), ops.input("key", (4,), "l")
-        blocks = max(1, tokens // max(BLOCK // self.vocab, FEWEST))
+        blocks = max(1, tokens // max(self.block // self.vocab, FEWEST))
         w = p["weight"]
         loss, _, dx, _ = ops.linearcrossentropy_fwd(
             ops.gradient(w), x, w, targets, key, r=-(-tokens // blocks), scale=self.scale

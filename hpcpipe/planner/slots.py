@@ -12,10 +12,12 @@ from hpcpipe import model
 from hpcpipe.backends.kernels import SIZES
 from hpcpipe.backends.null import Recording, halved, record, together
 from hpcpipe.config import Config
+from hpcpipe.layers.loss import BLOCK
 from hpcpipe.planner.costs import Cost, Device, price
 from hpcpipe.runtime.arena import size_of
 from hpcpipe.schedule.op import Schedule
 
+ON_DEVICE = 1 << 27  # logits that a GPU makes at once: its products want thousands of tokens, and it has the memory
 STATE = 4  # values, gradients and two moments
 
 
@@ -43,10 +45,11 @@ class Slot(NamedTuple):
 
 def chain(config: Config) -> Any:
     """The whole model of a resolved config."""
-    train = config.train
+    train, at_once = config.train, ON_DEVICE if config.device.backend == "cuda" else BLOCK
     return model.chain(
-        config.model, train.microbatch, train.length, scale=1 / (train.batch * train.length), recompute=train.recompute
-    )
+        config.model, train.microbatch, train.length, scale=1 / (train.batch * train.length), recompute=train.recompute,
+        at_once=at_once,
+    )  # fmt: skip
 
 
 def kind(name: str) -> str:
@@ -75,7 +78,7 @@ def recorded(config: Config, layer: Any, shape: tuple[int, ...] | None, merged: 
 
 def compute(config: Config) -> str:
     """The type that kernels compute on: r, or h for bfloat16."""
-    return "h" if config.train.compute == "bfloat16" else "r"
+    return "r" if config.train.compute == "float32" else "h"
 
 
 def activation(config: Config) -> tuple[int, int]:

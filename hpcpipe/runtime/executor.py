@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from time import perf_counter
 from typing import Any
@@ -39,6 +39,7 @@ class Stage:
 
     recording: Recording
     layout: Layout
+    whole: frozenset[str] = frozenset()  # parameters whose products are not narrowed below the compute type
 
 
 class Executor:
@@ -59,9 +60,11 @@ class Executor:
         }
 
     def _compiled(self, stage: Stage, calls: Sequence[Call]) -> Any:
-        where = stage.layout.where
+        where, recording = stage.layout.where, stage.recording
+        groups = (recording.params, recording.halves, recording.grads)
+        whole = {tensor.id for group in groups for name, tensor in group.items() if name in stage.whole}
         brief = {number for number, (region, _) in where.items() if region == INDEX["TEMP"]}
-        return self.backend.compile(calls, lambda t: where[t.id], brief)
+        return self.backend.compile(calls, lambda t: where[t.id], brief, whole)
 
     @cached_property
     def pieces(self) -> dict[tuple[int, str], list[Any]]:
@@ -130,7 +133,7 @@ class Executor:
         }
         bound = Bound(program, self.accumulating, self.upload)
         if self.backend.on_device:
-            bound.marks = Marks(self.backend, bound.account.receives.tolist())
+            bound.marks = Marks(self.backend, bound.account.receives.tolist(), self.link.progress)
         bound.calls = tuple(self._prepare(at, i, channels, reduce, bound) for at, i in enumerate(bound.instructions))
         bound.losses = [
             (i.stage, self._loss(i)) for i in bound.instructions if i.kind == "F" and self._ends_in_loss(i.stage)
@@ -164,12 +167,15 @@ class Executor:
             if bound.marks:
                 run = self.backend.bound(self.passes[stage, kind], arena, bases, work)
                 made = [s for s in instruction.slots if s in channels and s is not None and s.pool == MADE.get(kind)]
-                return bound.marks.around(at, run, [channels[s].ready for s in made])
+                ready = [channels[s].ready for s in made]
+                return bound.marks.around(at, run, ready, str(Op(kind, stage, instruction.micro)))
             parts = self.pieces[stage, kind] if channels else [self.passes[stage, kind]]
             first, *rest = (self.backend.bound(part, arena, bases, work) for part in parts)
             return _in_pieces((first, *rest), self.link.progress) if rest else first
         if kind == "REDUCE":
-            return (lambda: reduce(stage)) if reduce else (lambda: None)
+            if reduce is None:
+                return lambda: None
+            return bound.marks.beside(at, partial(reduce, stage)) if bound.marks else partial(reduce, stage)
         assert slot is not None
         channel = channels[slot]
         stamp = channel.stamp if bound.marks else self._stamp(slot)
@@ -261,7 +267,7 @@ class Bound:
         self._upload()
         self._walk(range(self.turning))
         valid = check is None or check()
-        self.asking = perf_counter() - float(self.clock[self.turning])
+        self.asking = perf_counter() - float(self.clock[self.turning]) if check else 0.0
         rest = range(self.turning, len(self.calls))
         self._walk(rest if valid else [i for i in rest if self.instructions[i].slot is not None])
         if self.marks:
@@ -298,7 +304,8 @@ class Bound:
             found[0] -= self.asking
         return found
 
-    def _starts(self) -> np.ndarray:
+    def starts(self) -> np.ndarray:
+        """When each instruction of the last run began; ``clock`` without its first reading is when they ended."""
         starts = self.clock[:-1].copy()
         starts[self.turning : self.turning + 1] += self.asking
         return starts
@@ -307,6 +314,6 @@ class Bound:
         """The last run's compute, in seconds since ``origin`` of this rank's clock."""
         return [
             Event(self.program.rank, Op(i.kind, i.stage, i.micro), float(t0) - origin, float(t1) - origin)
-            for i, t0, t1 in zip(self.instructions, self._starts(), self.clock[1:], strict=True)
+            for i, t0, t1 in zip(self.instructions, self.starts(), self.clock[1:], strict=True)
             if i.kind == "F" or i.kind == "B" or i.kind == "W"
         ]

@@ -1,7 +1,7 @@
 """The time of a device: the host only hands work out, so a step's clock comes from events around each computation.
 
-In: events before and after every F, B and W, recorded on the compute stream. Out: waiting for them in order, so that a
-watch sees which one a rank is at, and the readings that a host's clock would have given.
+In: events before and after every F, B and W on the compute stream, and every REDUCE on its own. Out: waiting for them
+in order, so that a watch sees which one a rank is at, and the readings that a host's clock would have given.
 """
 
 from __future__ import annotations
@@ -19,21 +19,41 @@ NAP = 20e-6  # seconds between two looks at an event
 class Marks:
     """Of one program. ``device`` makes, records and compares events; ``waits`` are the numbers of its receives."""
 
-    def __init__(self, device: Any, waits: Sequence[int]) -> None:
-        self.device, self._waits = device, frozenset(waits)
+    def __init__(self, device: Any, waits: Sequence[int], meanwhile: Callable[[], None] = lambda: None) -> None:
+        self.device, self._waits, self._meanwhile = device, frozenset(waits), meanwhile
         self._events: dict[int, tuple[Any, Any]] = {}  # before and after each computation, in their order
+        self._reductions: dict[int, tuple[Any, Any]] = {}
+        self._last, self._now = device.event(), 0.0  # recorded behind all of a run, and when that was on this clock
+        self.reductions: dict[int, tuple[float, float]] = {}  # from when to when each REDUCE of the last run took
 
-    def around(self, at: int, work: Callable[[], None], after: Sequence[Callable[[], None]]) -> Callable[[], None]:
-        """``work`` between its two marks, then ``after``."""
+    def around(
+        self, at: int, work: Callable[[], None], after: Sequence[Callable[[], None]], name: str
+    ) -> Callable[[], None]:
+        """``work`` between its two marks, then ``after``; ``name`` is what a profiler calls it."""
         begin, end = self._events[at] = self.device.event(), self.device.event()
-        record = self.device.record
+        record, push, pop = self.device.record, self.device.driver.push_range, self.device.driver.pop_range
 
         def marked() -> None:
             record(begin)
+            push(name)
             work()
+            pop()
             record(end)
             for each in after:
                 each()
+
+        return marked
+
+    def beside(self, at: int, work: Callable[[], None]) -> Callable[[], None]:
+        """``work`` of the stream of reductions between two marks there."""
+        begin, end = self._reductions[at] = self.device.event(), self.device.event()
+
+        def marked() -> None:
+            with self.device.beside():
+                self.device.record(begin)
+            work()
+            with self.device.beside():
+                self.device.record(end)
 
         return marked
 
@@ -45,8 +65,11 @@ class Marks:
             if i in self._events:
                 at(i)
                 while not done(self._events[i][1]):
+                    self._meanwhile()
                     sleep(NAP)
+        self.device.record(self._last)
         self.device.settle()
+        self._now = perf_counter()
 
     def read(self, clock: npt.NDArray[np.float64]) -> None:
         """Writes the readings of the last run, which has been drained, after its start: one after each instruction.
@@ -55,8 +78,10 @@ class Marks:
         """
         if not self._events:
             return
-        now, seconds = perf_counter(), self.device.driver.seconds
-        last = self._events[max(self._events)][1]
+        now, last, seconds = self._now, self._last, self.device.driver.seconds
+        self.reductions = {
+            i: (now - seconds(begin, last), now - seconds(end, last)) for i, (begin, end) in self._reductions.items()
+        }
         previous = float(clock[0])
         done = 0
         for i, events in self._events.items():

@@ -1,4 +1,4 @@
-"""A whole training run on GPUs that are not there: the job of tests/small_run.py with a ``HostDriver`` for each rank."""
+"""A whole training run on GPUs that are not there: the job of tests/small_run.py, a ``HostDriver`` for each rank."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def place(number: int, gpu: int) -> Place:
 def gpus(
     count: int,
     seed: int = 0,
-    libraries: Callable[..., Sequence[Any]] = lambda driver, launchers, backend: (),
+    libraries: Callable[..., Sequence[Any]] = lambda driver, launchers, backend, compute: (),
     fails: Mapping[int, int] = {},
     **options: Any,
 ) -> Iterator[list[HostDriver]]:
@@ -49,7 +49,7 @@ def gpus(
         return driver
 
     def images(arch: str) -> dict[str, Image]:
-        assert arch == "sm_90a"
+        assert arch in ("sm_90a", "sm_100a")
         return {stem: Image(data, tuple(entries)) for stem, (data, entries) in compiled.items()}
 
     def sit(link: Any) -> Place:

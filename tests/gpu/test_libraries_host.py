@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hpcpipe.backends.cuda import opening
 from hpcpipe.backends.cuda.fused_attention import FusedAttention
 from hpcpipe.backends.cuda.products import Products
+from hpcpipe.config import UserError
 from tests.gpu.fake_libraries import FakeCublasLt, FakeCudnn
 from tests.gpu.host import build
+from tests.gpu.host_driver import HOPPER
 from tests.gpu.host_run import gpu_run, gpus
 from tests.small_run import Result, run, write_tokens
 
@@ -45,13 +48,12 @@ class Libraries:
         self.attention: list[FusedAttention] = []
         self.lt: list[FakeCublasLt] = []
 
-    def __call__(self, driver: Any, launchers: Any, backend: Any) -> list[Any]:
+    def __call__(self, driver: Any, launchers: Any, backend: Any, compute: str) -> list[Any]:
         lt = FakeCublasLt(driver)
         lt.algorithms, lt.slow = ALGORITHMS, self.slow[len(self.lt) % len(self.slow)]
         environment = {"XDG_CACHE_HOME": str(self.cache / str(len(self.lt))), "HPCPIPE_TUNE": self.tune}
         self.lt.append(lt)
-        options = {"temporary": backend.passes_on, "environment": environment}
-        self.products.append(Products(driver, lt, launchers, 1 << 16, **options))
+        self.products.append(opening.products(driver, lt, launchers, backend, compute, environment, 1 << 16))
         self.attention.append(FusedAttention(driver, FakeCudnn(driver)))
         return [self.products[-1], self.attention[-1]]
 
@@ -106,3 +108,38 @@ def test_ranks_that_measure_differently_run_the_same(data: Path, tmp_path: Path)
     assert first.pop(peak) != second.pop(peak)
     assert len(first) > 10 and first == second
     assert all(products.tuner.timed > 10 for products in libraries.products)
+
+
+# Sizes that all recipes take; the first and the last of three blocks stay in bfloat16.
+WIDE = {
+    "model__layers": 3, "model__width": 32, "model__heads": 4, "train__length": 16, "train__microbatch": 2,
+}  # fmt: skip
+BLACKWELL = HOPPER._replace(capability=(10, 0))
+
+
+@pytest.mark.parametrize(("recipe", "device"), [("fp8", HOPPER), ("fp8_block", HOPPER), ("mxfp8", BLACKWELL)])
+def test_a_recipe_learns_what_bfloat16_learns(data: Path, tmp_path: Path, recipe: str, device: Any) -> None:
+    settings = {**SHORT, **WIDE, "device__backend": "cuda"}
+    found = {}
+    for compute, ranks in (("bfloat16", 1), (recipe, 1), (recipe, 2)):
+        libraries = Libraries(tmp_path)
+        with gpus(ranks, 5, libraries, properties=device):
+            found[compute, ranks] = run(
+                data, tmp_path / f"{compute}{ranks}", ranks, "gpt2", **settings | {"train__compute": compute}
+            )
+        narrow = [key for products in libraries.products for key in products.table() if "e4m3" in key]
+        assert bool(narrow) == (compute == recipe)
+    plain, one, two = found.values()
+    assert one.losses != plain.losses
+    np.testing.assert_allclose(one.losses, plain.losses, rtol=2e-2)
+    assert (two.losses, two.tensors) == (one.losses, one.tensors)
+
+
+def test_a_recipe_that_cannot_be_is_refused(data: Path, tmp_path: Path) -> None:
+    settings = {**SHORT, **WIDE, "device__backend": "cuda"}
+    with gpus(1, 0, Libraries(tmp_path)), pytest.raises(UserError, match=r"mxfp8 need a device of .* 10\.0 or later"):
+        run(data, tmp_path / "a", 1, "gpt2", **settings | {"train__compute": "mxfp8"})
+    with gpus(1), pytest.raises(UserError, match=r"train\.compute = fp8 needs cuBLASLt"):
+        run(data, tmp_path / "b", 1, "gpt2", **settings | {"train__compute": "fp8"})
+    with pytest.raises(UserError, match=r"train\.compute is fp8, which device\.backend = cpu does not multiply"):
+        run(data, tmp_path / "c", 1, "gpt2", train__compute="fp8")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = (
     ("__main__",),
     ("train", "generate"),
-    ("steps", "saving", "rehearsal"),
+    ("steps", "saving", "rehearsal", "profile", "plot"),
     ("job", "predict", "prepare", "report", "hugging_face"),
     ("resume", "measure", "seat"),
     ("planner",),
@@ -32,12 +32,14 @@ FLOORS = (
 # sentence reaches the user, is everybody's and not drawn.
 ARROWS = {
     "__main__": {
-        "train", "generate", "predict", "prepare", "report", "hugging_face", "planner", "checkpoint", "comm", "config",
+        "train", "generate", "predict", "prepare", "report", "plot", "hugging_face", "planner", "checkpoint", "comm",
+        "config",
     },
-    "train": {"steps", "saving", "rehearsal", "job", "comm", "config"},
+    "train": {"steps", "saving", "rehearsal", "profile", "job", "comm", "config"},
     "steps": {"job", "runtime", "schedule", "comm"},
     "saving": {"job", "checkpoint", "config"},
     "rehearsal": {"job", "planner", "schedule"},
+    "profile": {"job", "planner", "runtime", "schedule", "trace"},
     "job": {
         "resume", "measure", "seat", "planner", "model", "runtime", "checkpoint", "data", "progress", "schedule",
         "comm", "config",
@@ -49,8 +51,9 @@ ARROWS = {
     "predict": {"model", "runtime", "checkpoint", "data", "backends", "schedule", "comm", "config"},
     "prepare": {"corpus", "data"},
     "hugging_face": {"model", "checkpoint", "data", "config"},
+    "plot": {"report", "charts", "checkpoint"},
     "report": {"charts", "model", "checkpoint", "schedule", "config"},
-    "planner": {"model", "runtime", "data", "placement", "backends", "schedule", "config"},
+    "planner": {"model", "runtime", "data", "placement", "layers", "backends", "schedule", "trace", "config"},
     "model": {"layers", "config"},
     "runtime": {"backends", "schedule", "comm", "config"},
     "checkpoint": {"config"},

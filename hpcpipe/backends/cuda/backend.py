@@ -28,6 +28,7 @@ class Pass(NamedTuple):
     places: tuple[tuple[tuple[int, int] | None, ...], ...]
     work: int
     passing: frozenset[Tensor]  # what one call makes and only the next one reads
+    whole: frozenset[int]  # tensors whose products are not narrowed
 
 
 class Step(Protocol):
@@ -67,6 +68,7 @@ class CudaBackend:
         self._reading, self._begun, self._ended = driver.stream(), driver.event(), driver.event()
         self._graphs: dict[tuple[Any, ...], _Graph] = {}
         self._passing: frozenset[Tensor] = frozenset()
+        self._whole: frozenset[int] = frozenset()
 
     def allocate(self, nbytes: int) -> Memory:
         """Zeroed device memory; UserError, with the numbers, where there is too little."""
@@ -95,12 +97,18 @@ class CudaBackend:
         array[...] = values
 
     def compile(
-        self, calls: Sequence[Call], where: Callable[[Tensor], tuple[int, int]], brief: Collection[int] = ()
+        self,
+        calls: Sequence[Call],
+        where: Callable[[Tensor], tuple[int, int]],
+        brief: Collection[int] = (),
+        whole: Collection[int] = (),
     ) -> Pass:
-        """Resolves each tensor of a pass to (region, offset); nobody needs the tensors ``brief`` (ids) after it."""
+        """Resolves each tensor of a pass to (region, offset); nobody needs the tensors ``brief`` (ids) after it, and
+        what touches one of ``whole`` is not multiplied in less than the compute type.
+        """
         places = tuple(tuple(None if t is None else where(t) for t in call.buffers) for call in calls)
         work = max((call.scratch(True) for call in calls), default=0)
-        return Pass(tuple(calls), places, work, _passing(calls, brief))
+        return Pass(tuple(calls), places, work, _passing(calls, brief), frozenset(whole))
 
     def bound(self, handle: Pass, memory: Memory, bases: Array, work: int = -1) -> Callable[[], None]:
         """A pass prepared for one place in memory, to be captured; the same place gives the same graph again."""
@@ -110,7 +118,7 @@ class CudaBackend:
             return lambda: None
         key = (handle, memory.address, bases.tobytes(), work)
         if key not in self._graphs:
-            self._passing = handle.passing
+            self._passing, self._whole = handle.passing, handle.whole
             steps = self._steps(self._sites(handle, memory, bases, work))
             self._graphs[key] = _Graph(self.driver, self.streams, steps)
         return self._graphs[key].launch
@@ -135,6 +143,10 @@ class CudaBackend:
     def passes_on(self, tensor: Tensor) -> bool:
         """Of the pass that is being prepared: whether only the call after its maker reads a tensor."""
         return tensor in self._passing
+
+    def stays(self, site: Site) -> bool:
+        """Of the pass that is being prepared: whether a call touches a tensor whose products are not narrowed."""
+        return any(t is not None and t.id in self._whole for t in site.call.buffers)
 
     def table(self) -> dict[str, Any]:
         """The algorithms that libraries have chosen, for other ranks: the same product must give the same bits."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,8 +21,12 @@ from hpcpipe.backends.cuda.driver import Driver
 from hpcpipe.backends.cuda.fused_attention import FusedAttention
 from hpcpipe.backends.cuda.launch import Launcher, Site
 from hpcpipe.backends.cuda.products import Products
+from hpcpipe.backends.cuda.products_narrow import NarrowProducts
+from hpcpipe.backends.cuda.recipes import recipe_for
 from hpcpipe.backends.null import Call, Tensor
+from hpcpipe.config import UserError
 
+WHOLE = ("float32", "bfloat16")  # compute types; others are recipes within bfloat16
 SIDE = 8192  # of the product that measures an unknown device
 
 
@@ -51,14 +55,14 @@ def launchers() -> dict[str, Launcher]:
 
 
 def open_cuda(index: int, compute: str) -> CudaBackend:
-    """The backend of a device; ``compute`` is float32 or bfloat16."""
+    """The backend of a device; ``compute`` is float32, bfloat16 or the name of a recipe."""
     return assemble(connect(index), compute)
 
 
 def assemble(
     driver: Driver,
     compute: str,
-    libraries: Callable[[Driver, dict[str, Launcher], CudaBackend], Iterable[Library]] | None = None,
+    libraries: Callable[[Driver, dict[str, Launcher], CudaBackend, str], Iterable[Library]] | None = None,
 ) -> CudaBackend:
     """A backend on a driver. ``libraries`` makes those that are asked first, by default all that are installed."""
     functions: dict[str, Any] = {}
@@ -66,28 +70,47 @@ def assemble(
         functions |= driver.load(image.cubin, image.entries)
     found = launchers()
     backend = CudaBackend(driver, functions, found, lambda seconds: _peak(backend, compute, seconds))
-    for library in (libraries or _installed)(driver, found, backend):
+    for library in (libraries or _installed)(driver, found, backend, compute):
         backend.ask(library)
+    if compute not in WHOLE and not any(isinstance(library, Products) for library in backend.libraries):
+        raise UserError(
+            f"train.compute = {compute} needs cuBLASLt: install hpcpipe[cuda12] or [cuda13], or take bfloat16"
+        )
     return backend
 
 
-def _installed(driver: Driver, found: dict[str, Launcher], backend: CudaBackend) -> Iterator[Library]:
+def _installed(driver: Driver, found: dict[str, Launcher], backend: CudaBackend, compute: str) -> Iterator[Library]:
     """cuBLASLt and cuDNN, each if its bindings are installed; what is not says so."""
     lt = products_cublaslt.bindings()
     if lt is None:
-        yield Missing("products: by our own kernels; nvmath-python, and with it cuBLASLt, is not installed")
+        yield Missing("products: by our own kernels; cuBLASLt, through nvmath-python, cannot be loaded")
     else:
-        room = products_cublaslt.default_workspace(driver.properties)
-        yield Products(driver, lt, found, room, temporary=backend.passes_on)
+        yield products(driver, lt, found, backend, compute)
     yield FusedAttention(driver, *fused_attention.load())
+
+
+def products(
+    driver: Driver,
+    lt: Any,
+    found: dict[str, Launcher],
+    backend: CudaBackend,
+    compute: str,
+    environment: Mapping[str, str] | None = None,
+    workspace: int = 0,
+) -> Products:
+    """cuBLASLt for a backend, with the recipe of narrow products that ``compute`` names, if it names one."""
+    room, narrow = workspace or products_cublaslt.default_workspace(driver.properties), None
+    if compute not in WHOLE:
+        narrow = NarrowProducts(driver, recipe_for(compute, driver.properties.capability), backend.stays)
+    return Products(driver, lt, found, room, temporary=backend.passes_on, narrow=narrow, environment=environment)
 
 
 def _peak(backend: CudaBackend, compute: str, seconds: float) -> float:
     """What is published for this model of device, for dense products; for another one, what a large product reaches."""
-    known = peaks.peak(backend.driver.properties.name, compute)
+    known = peaks.peak(backend.driver.properties.name, compute if compute in WHOLE else "fp8")
     if known:
         return known
-    side, type = SIDE, "h" if compute == "bfloat16" else "r"
+    side, type = SIDE, "r" if compute == "float32" else "h"
     while 12 * side**2 > backend.driver.properties.free // 4:
         side //= 2
     size = side * side * TYPES[type].itemsize

@@ -204,9 +204,9 @@ class Products:
     # --- two calls as one
 
     def _pair(self, first: Site, second: Site) -> Steps | None:
-        """The steps of a product and the activation that follows it, where one product does both."""
+        """The steps of a product and the activation that follows it, where one product does both; none is narrow."""
         kernels, made = (first.call.kernel, second.call.kernel), first.call.buffers[0]
-        if not (self.fuse and first.half and second.half) or made is None:
+        if not (self.fuse and first.half and second.half) or made is None or self.narrow is not None:
             return None
         if kernels == ("linear_fwd", "gelu_fwd") and second.call.buffers[1] == made and not first.at["z"]:
             return self._linear_fwd(first, second) if first.size["o"] % AUX_LD == 0 else None

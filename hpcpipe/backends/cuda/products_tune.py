@@ -31,6 +31,7 @@ RUNS = 10  # products per timing, at most
 SPAN = 0.01  # seconds per timing, about
 BETTER = 0.98  # a later proposal must take at most this part of the time of an earlier one
 PATTERN = 4 << 20  # bytes of noise that scratch is filled with again and again
+ONES = {"VEC16_UE4M3": 0x38, "VEC32_UE8M0": 0x7F}  # the byte of a scale of 1; a float32 of bytes 0x3F is about 0.75
 SCALES = 1 << 16  # bytes of scratch that stand for the scales of an operand, if each had one per 32 elements
 
 
@@ -204,7 +205,7 @@ class Tuner:
         for name, size in sizes.items():
             places[name] = at
             if name.endswith(("scale", "alpha")):
-                self.driver.fill(at, 0x38 if plan.product.scales[0] == "VEC16_UE4M3" else 0x3F, size, stream)
+                self.driver.fill(at, ONES.get(plan.product.scales[0], 0x3F), size, stream)
             else:
                 types = dict(zip(("a", "b", "d"), plan.product.types, strict=True))
                 pattern[:] = noise(types.get(name, plan.product.types[2]), PATTERN)

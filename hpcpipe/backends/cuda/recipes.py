@@ -60,9 +60,9 @@ def encode(x: Array, format: Format) -> Array:
     with np.errstate(invalid="ignore"):
         # A full set of digits carries into the exponent by itself; without the hidden one the exponent field is 0.
         code = digits + (exponent - 1) * 2**format.mantissa
-        code = np.where(np.isfinite(value), np.minimum(code, format.top), format.top)
+        code = np.where(np.isfinite(value), np.minimum(code, format.top), format.top).astype(np.int64)
     sign = np.signbit(x).astype(np.int64) << (format.bits - 1)
-    return np.where(np.isnan(x), format.nan, code.astype(np.int64) | sign).astype(np.uint8)
+    return np.where(np.isnan(x), format.nan, code | sign).astype(np.uint8)
 
 
 def decode(codes: Array, format: Format) -> Array:
@@ -170,13 +170,17 @@ def _quantize_nv(x: Array, format: Format) -> Quantized:
 def dequantize(q: Quantized, format: Format, granularity: Granularity) -> Array:
     """What codes and scales mean, in float64 [n, c]."""
     values = decode(q.codes, format).astype(np.float64)
-    if granularity == "tensor":
-        return values * q.scales[0]
+    if granularity == "mx":
+        scales = powers(q.scales)
+    else:
+        scales = (decode(q.scales, E4M3) if granularity == "nv" else q.scales).astype(np.float64)
     if granularity == "blocks":
-        tall = np.repeat(q.scales.astype(np.float64), TILE, axis=0)[: len(values)]
-        return values * _spread(tall, TILE, values)
-    scales = {"rows": q.scales, "mx": powers(q.scales), "nv": decode(q.scales, E4M3)}[granularity].astype(np.float64)
-    return values * _spread(scales, GROUP[granularity], values) * float(q.whole)
+        scales = np.repeat(scales, TILE, axis=0)[: len(values)]
+    if granularity != "tensor":
+        scales = _spread(scales, GROUP.get(granularity, TILE), values)
+    with np.errstate(invalid="ignore"):
+        found: Array = values * scales * float(q.whole)
+    return found
 
 
 # ---- how they lie in memory ------------------------------------------------------------------------------------------
@@ -249,8 +253,8 @@ class Recipe:
 
     ``transposed``: what is multiplied along its other dimension needs a second, transposed copy, scaled along that:
     w for dx, dy and x for dw. ``scale``: format of the scales. ``history``: steps whose amax a scale is made from, 0:
-    that of the numbers themselves. ``kept``: linear maps that stay in bfloat16. ``multiple``: what channels, outputs and
-    tokens of a map must be multiples of, or it stays in bfloat16. ``lowest``, ``highest``: compute capabilities.
+    that of the numbers themselves. ``kept``: linear maps that stay in bfloat16. ``multiple``: what channels, outputs
+    and tokens of a map must be multiples of, or it stays in bfloat16. ``lowest``, ``highest``: compute capabilities.
     """
 
     name: str
