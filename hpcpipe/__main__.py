@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
     train = verbs.add_parser("train", help="train; under mpirun or srun, one rank per device")
     _config(train)
+    _profile(train)
     train.set_defaults(run=_train)
 
     inspect = verbs.add_parser("inspect", help="a checkpoint, a run folder or a timeline.jsonl: what is in it")
@@ -63,6 +64,10 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("--stats", action="store_true", help="mean, rms, largest, spectral norm, NaN and Inf")
     inspect.add_argument("--diff", default="", metavar="OTHER", help="what has changed up to another checkpoint")
     inspect.add_argument("--merge", default="", metavar="FILE", help="write one HDF5 file without virtual datasets")
+    inspect.add_argument("--history", action="store_true", help="a run folder: all checkpoints, how parameters moved")
+    inspect.add_argument("--histogram", action="store_true", help="how the values of each tensor are distributed")
+    inspect.add_argument("--only", default="", metavar="NAMES", help="tensors for these two, such as 'layer.*.norm1.*'")
+    inspect.add_argument("--plot", default="", metavar="FILE", help="draw these two, as a .png or one .html page")
     _pictures(inspect)
     inspect.set_defaults(run=_inspect)
 
@@ -102,6 +107,13 @@ def _interchange(verbs: Any) -> None:
 def _config(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("config", metavar="RUN.toml")
     verb.add_argument("--set", action="append", default=[], metavar="section.key=value", dest="overrides")
+
+
+def _profile(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--profile", nargs="?", const="", metavar="FILE",
+        help="write the last step as trace events, for ui.perfetto.dev; default: trace.json in the run's folder",
+    )  # fmt: skip
 
 
 def _pictures(verb: argparse.ArgumentParser) -> None:
@@ -157,7 +169,7 @@ def _run(args: argparse.Namespace, link: Any) -> None:
     from hpcpipe.train import train
 
     assert config is not None
-    train(config, link)
+    train(config, link, args.profile)
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -168,6 +180,14 @@ def _inspect(args: argparse.Namespace) -> None:
         return
     if args.svg or args.trace:
         raise UserError(f"inspect: --svg and --trace draw a timeline, {args.path} is none; give a run's timeline.jsonl")
+    look = [name for name in ("history", "histogram", "only", "plot") if getattr(args, name)]
+    if look and (args.diff or args.merge or args.stats):
+        raise UserError(f"inspect: --{look[0]} does not go with --diff, --merge or --stats; ask one after the other")
+    if look:
+        from hpcpipe import plot
+
+        print(plot.look(args.path, args.history, args.histogram, args.only, args.json, args.plot))
+        return
     if args.diff:
         from hpcpipe.checkpoint.compare import compare
 

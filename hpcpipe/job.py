@@ -65,7 +65,7 @@ class Job:
         self.step = self.resumed.step if self.resumed else 0
         self.loss = float(self.resumed.attributes["loss"]) if self.resumed else float("nan")
         self._together(self._allocate)
-        self.chosen = self.seat.ready(dict.fromkeys((self.pipeline, *self.copies.values())))
+        self.chosen = self.seat.ready(dict.fromkeys((self.pipeline, *self.copies.values())), self.executor.arena)
         self._together(self._load)
         self._peak = self._measure_peak()
         self.progress: Progress | None = None

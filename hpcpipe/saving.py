@@ -9,13 +9,15 @@ then is it called saved.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Thread
 from time import perf_counter
 
-from hpcpipe.checkpoint import write
+from hpcpipe.checkpoint import origin, write
 from hpcpipe.checkpoint.layout import KINDS, ShardRecord
+from hpcpipe.checkpoint.master import Value
 from hpcpipe.config import UserError, to_toml
 from hpcpipe.job import Job
 
@@ -26,12 +28,15 @@ class Saver:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.pending: _Save | None = None
+        self.origin = _origin(job)
+        # What this rank wrote last, from when to when: of two saves at most, a share and a commit each.
+        self.times: deque[tuple[str, float, float]] = deque(maxlen=4)
         job.hold, job.written = self.hold, self._written
 
     def save(self, step: int, loss: float) -> None:
         """Begins to write the state after ``step``. Failing leaves the run and the last checkpoint as they are."""
         self.finish()
-        self.pending = _Save(self.job, step, loss)
+        self.pending = _Save(self.job, step, loss, self.origin, self.times)
 
     def hold(self) -> None:
         """Before a parameter or a moment changes: what is being written must be out."""
@@ -61,10 +66,12 @@ class Saver:
 class _Save:
     """One state on its way to the disk."""
 
-    def __init__(self, job: Job, step: int, loss: float) -> None:
-        self.job, self.folder = job, write.step_folder(job.out, step)
+    def __init__(
+        self, job: Job, step: int, loss: float, about: dict[str, Value], times: deque[tuple[str, float, float]]
+    ) -> None:
+        self.job, self.folder, self.times = job, write.step_folder(job.out, step), times
         self.what = f"the checkpoint of step {step}"
-        self.attributes = _attributes(job, step, loss)
+        self.attributes = about | _attributes(job, step, loss)
         self.record: ShardRecord | None = None
         self.error: str | None = None
         self.gathered, self.told = False, False
@@ -85,18 +92,20 @@ class _Save:
     # --- on every rank of the first replica
 
     def _write(self) -> None:
-        with self._heard():
+        with self._heard("write"):
             self.record = write.write_shard(self.folder, self.job.place, _pieces(self.job))
 
     @contextmanager
-    def _heard(self) -> Iterator[None]:
-        """Whatever goes wrong inside is kept as a sentence: in a thread nobody would hear of it."""
+    def _heard(self, what: str) -> Iterator[None]:
+        """What goes wrong inside is kept as a sentence: in a thread nobody would hear of it. Times are kept, too."""
+        begin = perf_counter()
         try:
             yield
         except UserError as problem:
             self.error = str(problem)
         except Exception as problem:
             self.error = f"{self.what} failed: {type(problem).__name__}: {problem}"
+        self.times.append((f"{what} {self.folder.name}", begin, perf_counter()))
 
     @property
     def written(self) -> bool:
@@ -130,7 +139,7 @@ class _Save:
 
     def _commit(self, records: list[ShardRecord]) -> None:
         keep = self.job.config.checkpoint
-        with self._heard():
+        with self._heard("commit"):
             if self.error is None:
                 write.commit(self.folder, records, self.attributes)
                 self.lines += write.prune(self.job.out, keep.keep, deep=False, every=keep.keep_every)
@@ -177,7 +186,21 @@ def _pieces(job: Job) -> Iterator[write.Piece]:
             yield write.Piece(name, kind, view.shape, (0,) * view.ndim, job.backend.host(view))
 
 
-def _attributes(job: Job, step: int, loss: float) -> dict[str, str | int | float]:
+def _origin(job: Job) -> dict[str, Value]:
+    """What holds for every checkpoint of a run: units, program, machines, MPI. Collective."""
+    device = job.backend.driver.properties if job.backend.on_device else None
+    place = origin.place(job.link.hostname, *((device.name, device.bus) if device else ()))
+    with job.where.waiting("what the ranks run on", patient=True):
+        places = job.link.gather(place)
+    if places is None:
+        return {}
+    told = getattr(getattr(job.link, "inner", job.link), "library", None)
+    mpi = {"version.mpi": origin.first_words(told()[0])} if told else {}
+    kernels = f"{job.backend.name}: {', '.join(job.levels)}"
+    return {**origin.MEANING, **origin.program(), **mpi, "kernels": kernels, "hardware": origin.hardware(places)}
+
+
+def _attributes(job: Job, step: int, loss: float) -> dict[str, Value]:
     return {
         "config": to_toml(job.config),
         "schedule": str(job.plan.schedule),

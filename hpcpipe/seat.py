@@ -48,9 +48,9 @@ class Seat:
                 'train.microbatch = 1, train.recompute = "block" or more pipeline stages'
             )
 
-    def ready(self, links: Iterable[Any]) -> Sequence[str]:
+    def ready(self, links: Iterable[Any], arena: Any) -> Sequence[str]:
         """Before step 0, when all is laid out: on a device, the channels of these links are joined, products take one
-        algorithm on all ranks and everything is captured; what was chosen, in lines. Collective.
+        algorithm on all ranks and everything is captured; what was chosen, in lines. The arena is zeros. Collective.
         """
         if not self.backend.on_device:
             return ()
@@ -58,7 +58,7 @@ class Seat:
             link.connect()
         tables = _everybody(self.link, self.backend.table())
         self.backend.adopt({key: value for table in reversed(tables) for key, value in table.items()})
-        self.backend.capture()
+        self.backend.capture(arena)
         return self.backend.chosen()
 
 

@@ -1,8 +1,9 @@
 """A step as trace events for ui.perfetto.dev: every op, message and save of every rank, above what was predicted.
 
-In: the measured timeline, the predicted one, and spans of the other streams (send, receive, reduce, save). Out: one
-file in the Trace Event Format: a process per rank, a thread per stream, an arrow from every SEND to its WAIT, and the
-microbatches that a rank holds as a counter. It is written event by event: a million of them are never held as text.
+In: the measured timeline, the predicted one, or both, and spans of the other streams (send, receive, reduce, save).
+Out: one file in the Trace Event Format: a process per rank, a thread per stream, an arrow from every SEND to its WAIT,
+and the microbatches that a rank holds as a counter. It is written event by event: a million of them are never held as
+text.
 """
 
 from __future__ import annotations
@@ -72,13 +73,13 @@ class Group(NamedTuple):
 
 def write(
     path: Path,
-    timeline: Timeline,
+    timeline: Timeline | None,
     predicted: Timeline | None = None,
     flops: Flops | None = None,
     spans: Iterable[Span] = (),
     hosts: Sequence[str] = (),
 ) -> None:
-    """Writes the trace; UserError where the file cannot be written.
+    """Writes the trace; UserError where the file cannot be written. ``timeline`` is what was measured, if anything was.
 
     ``flops``: of one microbatch by kind of op and stage; ``hosts``: the machine of each rank. Times are seconds. Both
     timelines have one first start, and a rank's prediction lies under what it did.
@@ -94,29 +95,31 @@ def write(
             file.write("\n]}\n")
         part.replace(path)
     except OSError as error:
-        raise UserError(f"profile: {path} cannot be written ({error.strerror}); choose another file") from None
+        raise UserError(f"trace: {path} cannot be written ({error.strerror}); choose another file") from None
     finally:
         with suppress(OSError):  # gone already, or never there
             part.unlink()
 
 
 def events(
-    timeline: Timeline, predicted: Timeline | None, flops: Flops, spans: Iterable[Span], hosts: Sequence[str]
+    timeline: Timeline | None, predicted: Timeline | None, flops: Flops, spans: Iterable[Span], hosts: Sequence[str]
 ) -> Iterator[str]:
     """The trace events, each as JSON: of the measured processes, then of the predicted ones."""
-    by_stream = _by_stream(spans, timeline.ranks)
-    begins = [row[0].start for row in by_stream.values()] + ([timeline.start] if timeline.events else [])
-    origin = min(begins, default=0.0)
+    ranks = timeline.ranks if timeline else 0
+    by_stream = _by_stream(spans, ranks)
+    starts = [timeline.start] if timeline and timeline.events else []
+    origin = min([row[0].start for row in by_stream.values()] + starts, default=0.0)
     threads, arrows = count(1), count(1)
-    measured = _group(timeline, 1, origin, by_stream, threads)
-    yield from _names(measured, 0, hosts, "")
-    yield from _ops(measured, flops)
-    yield from _spans(measured)
-    for before, after in (*_messages(measured), *_crossings(measured)):
-        yield from _arrow(before, after, next(arrows))
+    if timeline is not None:
+        measured = _group(timeline, 1, origin, by_stream, threads)
+        yield from _names(measured, 0, hosts, "")
+        yield from _ops(measured, flops)
+        yield from _spans(measured)
+        for before, after in (*_messages(measured), *_crossings(measured)):
+            yield from _arrow(before, after, next(arrows))
     if predicted is not None:
-        lead = timeline.start - origin if timeline.events else 0.0
-        other = _group(predicted, 1 + timeline.ranks, predicted.start - lead, {}, threads)
+        lead = starts[0] - origin if starts else 0.0
+        other = _group(predicted, 1 + ranks, predicted.start - lead, {}, threads)
         yield from _names(other, 1, hosts, ", predicted")
         yield from _ops(other, flops)
         for before, after in _crossings(other):

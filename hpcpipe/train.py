@@ -15,32 +15,36 @@ from contextlib import contextmanager
 from hpcpipe.comm.link import Link
 from hpcpipe.config import Config, UserError
 from hpcpipe.job import Job
+from hpcpipe.profile import Profile
 from hpcpipe.rehearsal import rehearse
 from hpcpipe.saving import Saver
 from hpcpipe.steps import Steps
 
 
-def train(config: Config, link: Link) -> float:
-    """Trains until ``train.steps`` or until a signal asks to stop; returns the last loss."""
+def train(config: Config, link: Link, profile: str | None = None) -> float:
+    """Trains until ``train.steps`` or until a signal asks to stop; returns the last loss.
+
+    ``profile`` is the file for the trace of the last step; empty for one in the run's folder, None for no trace.
+    """
     job = Job(config, link)
     try:
-        return _train(job)
+        return _train(job, Profile(job, profile))
     finally:
         job.release()
 
 
-def _train(job: Job) -> float:
+def _train(job: Job, profile: Profile) -> float:
     job.begin(rehearse(job))
     steps, saver = Steps(job), Saver(job)
     try:
-        return _loop(job, steps, saver)
+        return _loop(job, steps, saver, profile)
     except UserError as error:
         if getattr(error, "everywhere", False):  # every rank is here: what is being written may become a checkpoint
             saver.finish()
         raise
 
 
-def _loop(job: Job, steps: Steps, saver: Saver) -> float:
+def _loop(job: Job, steps: Steps, saver: Saver, profile: Profile) -> float:
     with signals() as asked, job.watch:
         if job.step == 0:
             job.evaluate(0)
@@ -56,6 +60,7 @@ def _loop(job: Job, steps: Steps, saver: Saver) -> float:
                     break
         saver.finish()
         job.close(steps.loss, steps.stop)
+        profile.close(saver.times)
     return steps.loss
 
 

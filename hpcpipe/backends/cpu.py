@@ -162,13 +162,13 @@ class CpuBackend:
         for packed, call in zip(words, calls, strict=True):
             packed[0] = INDEX[call.kernel]
             regions, values = packed[1::2], packed[2::2]
-            count, whole = len(call.buffers), len(call.buffers) + len(call.ints)
+            count, reals_at = len(call.buffers), len(call.buffers) + len(call.ints)
             for i, tensor in enumerate(call.buffers):
                 regions[i], values[i] = (ABSENT, 0) if tensor is None else where(tensor)
             regions[count:] = SCALAR
-            values[count:whole] = call.ints
+            values[count:reals_at] = call.ints
             reals = np.array(call.reals, dtype=np.float64)
-            values[whole : whole + len(reals)] = reals.view(np.int64)
+            values[reals_at : reals_at + len(reals)] = reals.view(np.int64)
         return Compiled(words, max((c.scratch() for c in calls), default=0))
 
     def run(self, handle: Compiled, memory: Array, bases: Array, work: int = -1) -> None:

@@ -12,8 +12,9 @@ from hpcpipe.data import MANIFEST, Dataset
 from hpcpipe.placement.cores import allowed
 from hpcpipe.planner.plan import Plan, plan, resolve
 from hpcpipe.schedule import picture
-from hpcpipe.schedule.op import ScheduleError
+from hpcpipe.schedule.op import KINDS, ScheduleError
 from hpcpipe.schedule.timeline import Timeline, draw
+from hpcpipe.trace import write
 
 MEASURED, PREDICTED = "timeline.jsonl", "predicted.jsonl"  # of a run's last step
 
@@ -30,8 +31,19 @@ def describe(config: Config, ranks: int = 0, width: int = 96, svg: str = "", tra
     ranks = ranks or (config.pipeline.ranks or 1) * (config.pipeline.replicas or 1)
     threads = config.device.threads or max(1, len(allowed()) // ranks)
     found = plan(resolve(config, vocab), ranks, threads)
-    _write("plan", {"predicted": found.timeline}, svg, trace)
+    _draw("plan", {"predicted": found.timeline}, svg)
+    if trace:
+        write(Path(trace), None, found.timeline, flops(found))
     return "\n".join(_lines(found, threads, width))
+
+
+def flops(p: Plan) -> dict[tuple[str, int], float]:
+    """FLOPs of one microbatch by kind of op and stage, as recorded."""
+    return {
+        (kind, s): p.stages[s % p.schedule.depth].recording.flops(kind)
+        for s in range(p.schedule.stages)
+        for kind in KINDS
+    }
 
 
 def _lines(p: Plan, threads: int, width: int) -> list[str]:
@@ -86,10 +98,13 @@ def timeline(path: str, width: int = 96, svg: str = "", trace: str = "") -> str:
     file = Path(path)
     found = _read(file)
     if svg or trace:
-        predicted = file.with_name(PREDICTED)
-        beside = {"predicted": _read(predicted)} if file.name != PREDICTED and predicted.exists() else {}
-        own = "measured" if file.name == MEASURED else file.stem
-        _write("inspect", {**beside, own: found}, svg, trace)
+        beside = file.with_name(PREDICTED)
+        measured = found if file != beside else None
+        predicted = found if file == beside else _read(beside) if beside.exists() else None
+        named = {"predicted": predicted, "measured" if file.name == MEASURED else file.stem: measured or found}
+        _draw("inspect", {name: each for name, each in named.items() if each}, svg)
+        if trace:
+            write(Path(trace), measured, predicted)
     idle = "  ".join(f"rank {r} {found.idle(r):.4f} s" for r in range(found.ranks))
     lines = [f"{len(found.events)} ops, {found.makespan:.4f} s, bubble {found.bubble:.1%}; idle: {idle}"]
     return "\n".join([*lines, draw(found, width)])
@@ -108,12 +123,10 @@ def _read(path: Path) -> Timeline:
     return found
 
 
-def _write(verb: str, timelines: Mapping[str, Timeline], svg: str, trace: str) -> None:
-    """Writes the pictures that a person asked for: file names, empty for none."""
-    for name, make in ((svg, picture.svg), (trace, picture.trace)):
-        if not name:
-            continue
-        try:
-            Path(name).write_text(make(timelines), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{verb}: {name} cannot be written ({error.strerror}); choose another file") from None
+def _draw(verb: str, timelines: Mapping[str, Timeline], svg: str) -> None:
+    """Writes the picture that a person asked for: a file name, empty for none."""
+    try:
+        if svg:
+            Path(svg).write_text(picture.svg(timelines), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{verb}: {svg} cannot be written ({error.strerror}); choose another file") from None

@@ -1,4 +1,4 @@
-"""Timelines as pictures: one SVG for people, one file of trace events for Perfetto and chrome://tracing.
+"""Timelines as pictures: one SVG for people.
 
 Several timelines (predicted, measured) are stacked over one axis of time; each begins at its own first start. Many ops
 become one shape per lane and kind, and where they are narrower than a pixel or two a lane becomes columns that are
@@ -8,14 +8,11 @@ however many ranks there are.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from itertools import count
 from math import floor, log10
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from hpcpipe.schedule.op import Op, needs
 from hpcpipe.schedule.timeline import Event, Timeline
 
 COLOURS = {"F": "#3f6fa8", "B": "#d57a29", "W": "#569467"}
@@ -287,60 +284,3 @@ def _lighter(colour: str, share: float) -> str:
 def _n(x: float) -> str:
     """A number of pixels in as few characters as a hundredth of a pixel needs."""
     return f"{x:.2f}".rstrip("0").rstrip(".")
-
-
-def trace(timelines: Mapping[str, Timeline]) -> str:
-    """Trace events as JSON: a process per timeline, a thread per rank, an arrow where a result crosses ranks.
-
-    Times are microseconds from each timeline's first start; a unit of unit costs counts as a second.
-    """
-    numbers, first = count(1), 1
-    events: list[dict[str, Any]] = []
-    for pid, (name, timeline) in enumerate(timelines.items(), 1):
-        events += _traced(name, timeline, pid, first, numbers)
-        first += timeline.ranks
-    lines = ",\n".join(json.dumps(event, separators=(",", ":")) for event in events)
-    return f'{{"displayTimeUnit":"ms","traceEvents":[\n{lines}\n]}}\n'
-
-
-def _traced(name: str, timeline: Timeline, pid: int, first: int, numbers: Iterator[int]) -> Iterator[dict[str, Any]]:
-    """The trace events of one timeline: names, ops, then the arrows between them.
-
-    ``first`` is the thread of rank 0: viewers keep thread 0 for themselves, and one number for one thread.
-    """
-    start = timeline.start
-    yield {"ph": "M", "name": "process_name", "pid": pid, "args": {"name": name}}
-    yield {"ph": "M", "name": "process_sort_index", "pid": pid, "args": {"sort_index": pid}}
-    for rank in range(timeline.ranks):
-        place = {"pid": pid, "tid": first + rank}
-        yield {"ph": "M", "name": "thread_name", **place, "args": {"name": f"rank {rank}"}}
-        yield {"ph": "M", "name": "thread_sort_index", **place, "args": {"sort_index": rank}}
-    for rank, op, begin, end in timeline.events:
-        at = _us(begin - start)
-        place = {"pid": pid, "tid": first + rank}
-        times = {"ts": at, "dur": round(_us(end - start) - at, 3)}
-        args = {"stage": op.stage, "microbatch": op.micro}
-        yield {"ph": "X", "name": str(op), "cat": NAMES.get(op.kind, op.kind), **place, **times, "args": args}
-    for before, after in _crossings(timeline):
-        kind = "activation" if after.op.kind == "F" else "gradient"
-        common = {"name": kind, "cat": "message", "id": next(numbers), "pid": pid}
-        # An arrow belongs to the ops that its ends lie in, so it leaves a nanosecond before the end of the first.
-        left = max(_us(before.start - start), round(_us(before.end - start) - 0.001, 3))
-        yield {"ph": "s", **common, "tid": first + before.rank, "ts": left}
-        yield {"ph": "f", "bp": "e", **common, "tid": first + after.rank, "ts": _us(after.start - start)}
-
-
-def _us(seconds: float) -> float:
-    return round(seconds * 1e6, 3)
-
-
-def _crossings(timeline: Timeline) -> Iterator[tuple[Event, Event]]:
-    """Pairs of events on two ranks of which the second needed the first."""
-    where: dict[Op, Event] = {event.op: event for event in timeline.events}
-    stages = 1 + max((op.stage for op in where), default=0)
-    for event in timeline.events:
-        for op in needs(event.op, stages):
-            before = where.get(op)
-            # A timeline does not say where one copy of the model ends and the next begins; the times do.
-            if before is not None and before.rank != event.rank and before.start < event.start:
-                yield before, event

@@ -722,15 +722,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) hp_attention_dx_keys_te
   tensor_keys_gradient<64>(dqkv, dy, lse, qkv, t, h, k, d, (const float *)work);
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS) hp_attention_fwd_tensor_128_h(uint16_t *y, float *lse,
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) hp_attention_fwd_tensor_128_h(uint16_t *y, float *lse,
     const uint16_t *qkv, int64_t t, int64_t h, int64_t k, int64_t d) {
   tensor_forward<128>(y, lse, qkv, t, h, k, d);
 }
-extern "C" __global__ void __launch_bounds__(32 * WARPS) hp_attention_dx_queries_tensor_128_h(uint16_t *dqkv,
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) hp_attention_dx_queries_tensor_128_h(uint16_t *dqkv,
     const uint16_t *dy, const float *lse, const uint16_t *qkv, int64_t t, int64_t h, int64_t k, int64_t d, void *work) {
   tensor_queries_gradient<128>(dqkv, dy, lse, qkv, t, h, k, d, (const float *)work);
 }
-extern "C" __global__ void __launch_bounds__(32 * WARPS) hp_attention_dx_keys_tensor_128_h(uint16_t *dqkv,
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) hp_attention_dx_keys_tensor_128_h(uint16_t *dqkv,
     const uint16_t *dy, const float *lse, const uint16_t *qkv, int64_t t, int64_t h, int64_t k, int64_t d, void *work) {
   tensor_keys_gradient<128>(dqkv, dy, lse, qkv, t, h, k, d, (const float *)work);
 }

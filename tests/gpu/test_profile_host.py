@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 
@@ -30,6 +31,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tokens(tmp_path_factory.mktemp("data"))
 
 
+@pytest.fixture
+def real(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices whose time is that of the machine, so that what one sends is there before another has it."""
+    monkeypatch.setattr(
+        HostDriver, "_clock", property(lambda self: perf_counter(), lambda self, time: None), raising=False
+    )
+
+
 def profiled(data: Path, out: Path, ranks: int, **settings: object) -> tuple[Result, list[HostDriver]]:
     """The run with a trace of its last step, and the drivers of its devices."""
     config = loads(run_toml(data, out, **settings, **SHORT, device__backend="cuda"))
@@ -42,6 +51,7 @@ def profiled(data: Path, out: Path, ranks: int, **settings: object) -> tuple[Res
     return collect(out), drivers
 
 
+@pytest.mark.usefixtures("real")
 @pytest.mark.parametrize(
     ("ranks", "settings"), [(2, {}), (4, {"pipeline__replicas": 2}), (2, {"pipeline__schedule": "zb_v"})]
 )

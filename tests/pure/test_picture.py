@@ -1,8 +1,7 @@
-"""Timelines as pictures: every op is there, timelines share an axis, size is bounded; trace events hang together."""
+"""Timelines as pictures: every op is there, timelines share an axis, size is bounded."""
 
 from __future__ import annotations
 
-import json
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from hpcpipe.__main__ import main
 from hpcpipe.schedule import picture
 from hpcpipe.schedule.op import Op
-from hpcpipe.schedule.picture import amount, svg, trace
+from hpcpipe.schedule.picture import amount, svg
 from hpcpipe.schedule.timeline import Event, Timeline
 from small_run import run_toml
 
@@ -134,7 +133,6 @@ def test_a_name_may_have_any_characters() -> None:
 def test_a_timeline_of_nothing_can_be_drawn() -> None:
     for timelines in ({}, {"t": Timeline((), 2)}, {"t": Timeline((Event(0, Op("F", 0, 0), 1.5, 1.5),), 1)}):
         ET.fromstring(svg(timelines))
-        json.loads(trace(timelines))
 
 
 @given(st.integers(1, 6), st.integers(1, 12), st.floats(1e-9, 1e4), st.integers(200, 2000))
@@ -155,61 +153,17 @@ def test_durations(seconds: float, words: str) -> None:
     assert amount(seconds) == words
 
 
-# --- trace events
-
-
-def test_trace_events_are_complete_and_named() -> None:
-    timeline = steps(2, 3, late=7.0)
-    events = json.loads(trace({"predicted": timeline, "measured": timeline}))["traceEvents"]
-    ops = [e for e in events if e["ph"] == "X"]
-    assert len(ops) == 2 * len(timeline.events)
-    first = next(e for e in ops if e["name"] == "F1.2" and e["pid"] == 2)
-    assert (first["tid"], first["args"]) == (4, {"stage": 1, "microbatch": 2})
-    assert (first["ts"], first["dur"]) == (pytest.approx(30_000), pytest.approx(10_000))
-    names = {
-        (e["pid"], e.get("tid")): e["args"]["name"] for e in events if e["name"] in ("process_name", "thread_name")
-    }
-    assert names == {
-        (1, None): "predicted", (1, 1): "rank 0", (1, 2): "rank 1",
-        (2, None): "measured", (2, 3): "rank 0", (2, 4): "rank 1",
-    }  # fmt: skip
-
-
-def test_arrows_go_from_an_op_to_the_one_on_another_rank_that_needs_it() -> None:
-    events = json.loads(trace({"t": steps(3, 2), "again": steps(3, 2)}))["traceEvents"]
-
-    def inside(arrow: dict[str, float]) -> str:
-        (op,) = [
-            e["name"] for e in events
-            if e["ph"] == "X" and (e["pid"], e["tid"]) == (arrow["pid"], arrow["tid"])
-            and e["ts"] <= arrow["ts"] < e["ts"] + e["dur"]
-        ]  # fmt: skip
-        return op
-
-    starts, ends = ({e["id"]: e for e in events if e["ph"] == kind} for kind in "sf")
-    assert starts.keys() == ends.keys() and len(starts) == 2 * 2 * 2 * 2
-    assert all(starts[i]["ts"] <= ends[i]["ts"] and starts[i]["pid"] == ends[i]["pid"] for i in starts)
-    pairs = sorted((inside(starts[i]), inside(ends[i])) for i in starts if starts[i]["pid"] == 1)
-    forward = [(f"F{s}.{m}", f"F{s + 1}.{m}") for s in (0, 1) for m in (0, 1)]
-    assert pairs == sorted(forward + [(f"B{s + 1}.{m}", f"B{s}.{m}") for s in (0, 1) for m in (0, 1)])
-
-
-def test_stages_of_one_rank_send_nothing() -> None:
-    assert '"ph":"s"' not in trace({"t": steps(1, 2, chunks=3)})
-
-
 # --- what a person types
 
 
 def test_plan_writes_what_it_predicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config, drawing, events = (tmp_path / name for name in ("run.toml", "plan.svg", "plan.json"))
+    config, drawing = (tmp_path / name for name in ("run.toml", "plan.svg"))
     config.write_text(run_toml(tmp_path / "none", tmp_path / "run", "llama", model__vocab=61))
-    assert main(["plan", str(config), "--ranks", "2", "--svg", str(drawing), "--trace", str(events)]) == 0
-    with_files = capsys.readouterr().out
+    assert main(["plan", str(config), "--ranks", "2", "--svg", str(drawing)]) == 0
+    with_file = capsys.readouterr().out
     assert len(texts(ET.parse(drawing).getroot(), "title")) == 2 * 6 * 3
-    assert json.loads(events.read_text())["traceEvents"][0]["args"] == {"name": "predicted"}
     assert main(["plan", str(config), "--ranks", "2"]) == 0
-    assert capsys.readouterr().out == with_files
+    assert capsys.readouterr().out == with_file
 
 
 def test_inspect_draws_what_was_predicted_above_what_was_measured(
@@ -221,7 +175,7 @@ def test_inspect_draws_what_was_predicted_above_what_was_measured(
     alone = capsys.readouterr().out
     assert "predicted" not in drawing.read_text()
     (tmp_path / "predicted.jsonl").write_text(steps(2, 3, 0.009).to_jsonl())
-    assert main(["inspect", str(measured), "--svg", str(drawing), "--trace", str(tmp_path / "t.json")]) == 0
+    assert main(["inspect", str(measured), "--svg", str(drawing)]) == 0
     assert capsys.readouterr().out == alone  # the text is that of the measured one
     words = [w for w in texts(ET.parse(drawing).getroot(), "text") if "bubble" in w]
     assert words[0].startswith("predicted")
@@ -257,5 +211,5 @@ def test_a_damaged_prediction_and_a_lost_folder_are_sentences(
     (tmp_path / "predicted.jsonl").write_text('{"ranks": 2}\n')
     assert main(["inspect", str(measured), "--svg", str(tmp_path / "x.svg")]) == 2
     assert "predicted.jsonl holds no events" in capsys.readouterr().err
-    assert main(["inspect", str(tmp_path), "--trace", str(tmp_path / "x.json")]) == 2
+    assert main(["inspect", str(tmp_path), "--svg", str(tmp_path / "x.svg")]) == 2
     assert "give a run's timeline.jsonl" in capsys.readouterr().err

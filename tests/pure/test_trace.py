@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import tracemalloc
-from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpcpipe.__main__ import main
 from hpcpipe.config import UserError
 from hpcpipe.schedule.op import Op
 from hpcpipe.schedule.timeline import Event, Timeline
 from hpcpipe.trace import STREAMS, Span, events, write
+from tests.small_run import run_toml
+from tests.trace_file import inside, names, of, read
 
 FLOPS = {(kind, stage): 2e9 * (stage + 1) for kind in "FBW" for stage in range(8)}
 
@@ -49,48 +50,7 @@ def messages(timeline: Timeline, skew: float = 0.0) -> list[Span]:
 def written(path: Path, *args: Any, **more: Any) -> list[dict[str, Any]]:
     """What is in the file, held against the rules of the format."""
     write(path, *args, **more)
-    whole = json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
-    assert whole["displayTimeUnit"] == "ms" and set(whole) == {"displayTimeUnit", "traceEvents"}
-    found: list[dict[str, Any]] = whole["traceEvents"]
-    threads: dict[int, set[int]] = {}
-    slices: dict[int, list[tuple[float, float]]] = {}
-    for e in found:
-        assert e["ph"] in "XCMsf" and isinstance(e["name"], str) and e["pid"] > 0
-        if "tid" in e:
-            assert e["tid"] > 0
-            threads.setdefault(e["tid"], set()).add(e["pid"])
-        if e["ph"] == "X":
-            assert e["ts"] >= 0 and e["dur"] >= 0 and e["cat"]
-            slices.setdefault(e["tid"], []).append((e["ts"], e["ts"] + e["dur"]))
-    assert all(len(pids) == 1 for pids in threads.values())  # one number, one thread
-    for row in slices.values():
-        row.sort()
-        for (_, end), (start, _) in pairwise(row):
-            assert end <= start + 1e-6
-    arrows_hold(found, slices)
-    named = Counter((e["pid"], e["tid"]) for e in found if e["name"] == "thread_name")
-    assert set(named.values()) <= {1} and {(e["pid"], e["tid"]) for e in found if e["ph"] == "X"} <= set(named)
-    return found
-
-
-def arrows_hold(found: list[dict[str, Any]], slices: dict[int, list[tuple[float, float]]]) -> None:
-    """A flow is one start and one end with the same id, not back in time, each inside a slice of its thread."""
-    starts, ends = ({e["id"]: e for e in found if e["ph"] == ph} for ph in "sf")
-    assert set(starts) == set(ends) and len(starts) + len(ends) == sum(e["ph"] in "sf" for e in found)
-    for number, start in starts.items():
-        end = ends[number]
-        assert (start["name"], start["cat"], end["bp"]) == (end["name"], end["cat"], "e")
-        assert start["ts"] <= end["ts"]
-        for e in (start, end):
-            assert any(a <= e["ts"] <= b + 1e-6 for a, b in slices[e["tid"]])
-
-
-def of(found: list[dict[str, Any]], ph: str) -> list[dict[str, Any]]:
-    return [e for e in found if e["ph"] == ph]
-
-
-def names(found: list[dict[str, Any]], what: str) -> list[str]:
-    return [e["args"]["name"] for e in found if e["name"] == what]
+    return read(path)
 
 
 def test_ops_are_where_they_were(tmp_path: Path) -> None:
@@ -113,6 +73,24 @@ def test_arrows_from_op_to_op_where_no_message_is_known(tmp_path: Path) -> None:
     arrows = {(e["pid"], e["ts"], *ends[e["id"]]) for e in of(found, "s")}
     assert (1, 9999.999, 2, 10000.0) in arrows  # F0.0 to F1.0
     assert (3, 69999.999, 2, 80000.0) in arrows  # B2.0 to B1.0
+
+
+def test_arrows_go_from_an_op_to_the_one_on_another_rank_that_needs_it(tmp_path: Path) -> None:
+    found = written(tmp_path / "t.json", step(3, 2), step(3, 2, late=4.0))
+    starts, ends = ({e["id"]: e for e in of(found, ph)} for ph in "sf")
+    assert len(starts) == 2 * 2 * 2 * 2
+    pairs = [(inside(found, starts[i]), inside(found, ends[i]), starts[i]["pid"] > 3) for i in starts]
+    forward = [(f"F{s}.{m}", f"F{s + 1}.{m}") for s in (0, 1) for m in (0, 1)]
+    backward = [(f"B{s + 1}.{m}", f"B{s}.{m}") for s in (0, 1) for m in (0, 1)]
+    assert sorted(pairs) == sorted((*pair, below) for pair in forward + backward for below in (False, True))
+    assert all((starts[i]["pid"] > 3) == (ends[i]["pid"] > 3) for i in starts)  # never from one timeline to the other
+
+
+def test_stages_of_one_rank_send_nothing(tmp_path: Path) -> None:
+    ops = [Op("F", s, 0) for s in range(3)] + [Op(kind, s, 0) for s in (2, 1, 0) for kind in "BW"]
+    alone = Timeline(tuple(Event(0, op, i, i + 1.0) for i, op in enumerate(ops)), 1)
+    found = written(tmp_path / "t.json", alone, alone)
+    assert len(of(found, "X")) == 2 * 9 and of(found, "s") == []
 
 
 def test_arrows_from_each_send_to_its_wait(tmp_path: Path) -> None:
@@ -166,6 +144,16 @@ def test_a_prediction_lies_under_its_rank(tmp_path: Path) -> None:
     assert [e["ts"] for e in of(found, "X") if e["name"] == "shard 1"] == [0.0]
 
 
+def test_a_prediction_may_be_all_there_is(tmp_path: Path) -> None:
+    found = written(tmp_path / "t.json", None, step(2, 3, late=7.0), FLOPS)
+    assert names(found, "process_name") == ["rank 0, predicted", "rank 1, predicted"]
+    assert len(of(found, "X")) == 2 * 3 * 3 and len(of(found, "s")) == 2 * 3
+    one = next(e for e in of(found, "X") if e["name"] == "F1.2")
+    assert (one["pid"], one["tid"], one["ts"], one["dur"]) == (2, 2, 30000.0, 10000.0)
+    with pytest.raises(ValueError, match="is on no stream of 0 ranks"):
+        write(tmp_path / "t.json", None, step(2, 1), spans=[Span(0, "send", "x", 0, 1)])
+
+
 def test_spans_at_the_same_time_are_on_threads_of_their_own(tmp_path: Path) -> None:
     spans = [Span(0, "send", f"SEND F0.{i}", 0.001 * i, 0.001 * i + 0.0025) for i in range(6)]
     spans += [Span(0, "compute", "update", 0.0, 0.05), Span(0, "reduce", "REDUCE 0", 0.03, 0.04)]
@@ -184,7 +172,10 @@ def test_what_is_nowhere_is_refused(tmp_path: Path) -> None:
 
 
 def test_nothing_is_a_trace_too(tmp_path: Path) -> None:
-    assert written(tmp_path / "t.json", Timeline((), 0)) == []
+    assert written(tmp_path / "t.json", Timeline((), 0)) == written(tmp_path / "t.json", None) == []
+    assert of(written(tmp_path / "t.json", Timeline((), 2), Timeline((), 2)), "X") == []
+    (short,) = of(written(tmp_path / "t.json", Timeline((Event(0, Op("F", 0, 0), 1.5, 1.5),), 1), flops=FLOPS), "X")
+    assert (short["dur"], "TFLOP/s" in short["args"]) == (0, False)
     assert (
         of(written(tmp_path / "t.json", Timeline((), 1), spans=[Span(0, "save", "s", 1e9, 1e9 + 1)]), "X")[0]["ts"] == 0
     )
@@ -193,7 +184,7 @@ def test_nothing_is_a_trace_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["missing/t.json", "file/t.json"])
 def test_a_file_that_cannot_be_written(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"profile: .*t\.json cannot be written"):
+    with pytest.raises(UserError, match=r"trace: .*t\.json cannot be written"):
         write(tmp_path / place, step(1, 1))
     assert [f.name for f in tmp_path.iterdir()] == ["file"]
 
@@ -235,3 +226,53 @@ def test_a_long_step_is_not_held_as_text(tmp_path: Path) -> None:
 def test_events_are_one_json_object_each() -> None:
     for line in events(step(2, 1), None, {}, [], []):
         assert "\n" not in line and isinstance(json.loads(line), dict)
+
+
+# --- what a person types
+
+
+def test_plan_writes_what_it_predicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, file = tmp_path / "run.toml", tmp_path / "plan.json"
+    config.write_text(run_toml(tmp_path / "none", tmp_path / "run", "llama", model__vocab=61))
+    assert main(["plan", str(config), "--ranks", "2", "--trace", str(file)]) == 0
+    with_file = capsys.readouterr().out
+    found = read(file)
+    assert names(found, "process_name") == ["rank 0, predicted", "rank 1, predicted"]
+    assert sorted(e["name"] for e in of(found, "X")) == sorted(
+        f"{k}{s}.{m}" for k in "FBW" for s in "01" for m in range(6)
+    )
+    assert all(e["args"]["flops"] > 0 for e in of(found, "X") if e["name"][0] == "F")
+    assert main(["plan", str(config), "--ranks", "2"]) == 0
+    assert capsys.readouterr().out == with_file
+
+
+def test_inspect_writes_what_was_measured_above_what_was_predicted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timeline, file = tmp_path / "timeline.jsonl", tmp_path / "t.json"
+    timeline.write_text(step(2, 3, late=5.0).to_jsonl())
+    assert main(["inspect", str(timeline), "--trace", str(file)]) == 0
+    alone = capsys.readouterr().out
+    assert names(read(file), "process_name") == ["rank 0", "rank 1"]
+    (tmp_path / "predicted.jsonl").write_text(step(2, 3).to_jsonl())
+    assert main(["inspect", str(timeline), "--trace", str(file)]) == 0
+    assert capsys.readouterr().out == alone  # the text is that of the measured one
+    found = read(file)
+    order = {e["pid"]: e["args"]["sort_index"] for e in found if e["name"] == "process_sort_index"}
+    title = {e["pid"]: e["args"]["name"] for e in found if e["name"] == "process_name"}
+    shown = [title[pid] for pid in sorted(title, key=lambda pid: order[pid])]
+    assert shown == ["rank 0", "rank 0, predicted", "rank 1", "rank 1, predicted"]
+    assert [e["ts"] for e in of(found, "X") if e["name"] == "F0.0"] == [0, 0]
+    assert main(["inspect", str(tmp_path / "predicted.jsonl"), "--trace", str(file)]) == 0
+    assert names(read(file), "process_name") == ["rank 0, predicted", "rank 1, predicted"]
+
+
+def test_a_lost_folder_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    timeline = tmp_path / "timeline.jsonl"
+    timeline.write_text(step(2, 1).to_jsonl())
+    assert main(["inspect", str(timeline), "--trace", str(tmp_path / "lost" / "t.json")]) == 2
+    error = capsys.readouterr().err
+    assert "t.json cannot be written (No such file or directory); choose another file" in error
+    assert error.count("\n") == 1
+    assert main(["inspect", str(tmp_path), "--trace", str(tmp_path / "x.json")]) == 2
+    assert "give a run's timeline.jsonl" in capsys.readouterr().err

@@ -159,10 +159,18 @@ class CudaBackend:
             if hasattr(library, "adopt"):
                 library.adopt(table)
 
-    def capture(self) -> None:
-        """Captures all that was prepared: from here on, what runs is launches of graphs."""
+    def capture(self, memory: Memory) -> None:
+        """Captures all that was prepared: from here on, what runs is launches of graphs. ``memory`` is zeroed.
+
+        Everything runs once before, for CUDA loads a kernel at its first launch and may not do so within a capture.
+        """
+        for graph in self._graphs.values():
+            graph.run()
+        self.driver.synchronize(self.streams.compute)
         for graph in self._graphs.values():
             graph.capture()
+        self.driver.fill(memory.address, 0, memory.nbytes, self.streams.compute)
+        self.driver.synchronize(self.streams.compute)
 
     def forget(self, memory: Memory) -> None:
         """Gives an allocation back, with the passes that were prepared for it."""
@@ -246,14 +254,16 @@ class _Graph:
         self.driver, self.streams, self.steps = driver, streams, steps
         self._graph: Any = None
 
-    def capture(self) -> None:
-        if self._graph is not None:
-            return
-        stream = self.streams.compute
-        self.driver.begin_capture(stream)
+    def run(self) -> None:
+        """Does the steps one by one."""
         for step in self.steps:
-            step.enqueue(stream)
-        self._graph = self.driver.end_capture(stream)
+            step.enqueue(self.streams.compute)
+
+    def capture(self) -> None:
+        if self._graph is None:
+            self.driver.begin_capture(self.streams.compute)
+            self.run()
+            self._graph = self.driver.end_capture(self.streams.compute)
 
     def launch(self) -> None:
         if self._graph is None:
