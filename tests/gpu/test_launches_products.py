@@ -7,9 +7,11 @@ import re
 import numpy as np
 import pytest
 
+from hpcpipe.backends.cuda import launches_elementwise as elementwise
 from hpcpipe.backends.cuda import launches_products as launches
 from hpcpipe.backends.cuda.driver import Properties
 from hpcpipe.backends.cuda.launches_products import Shape, attention_form, product
+from hpcpipe.backends.kernels import BY_NAME, evaluate
 from hpcpipe.config import UserError
 from tests.gpu.host import build
 
@@ -50,6 +52,28 @@ def test_every_head_width_has_a_kernel_that_fits(passing: launches.Step, half: b
         assert d <= width and (width == 64 or d > width // 2)
     with pytest.raises(UserError, match="at most 256 channels, this model's have 257"):
         attention_form(passing, 257, half)
+
+
+def test_the_scratch_that_the_table_prices_is_what_the_launches_use() -> None:
+    for n, o in ((1, 7), (256, 5), (257, 64), (5000, 3)):
+        slabs = launches.ceil(n, launches.SLAB)
+        assert evaluate(BY_NAME["linear_dw"].device, {"n": n, "o": o, "c": 1}) == 4 * o * slabs
+        assert launches.bias_gradient(0, 0, n, o, False, 0)[0].grid[1] == slabs
+        for name, sums in (("layernorm_dw", 2), ("rmsnorm_dw", 1)):
+            blocks = norm_blocks(n)
+            assert evaluate(BY_NAME[name].device, {"n": n, "c": o}) >= 4 * sums * blocks * o
+    for n in (1, 16384, 16385, 10**6, 10**9):
+        assert evaluate(BY_NAME["sumsq"].device, {"n": n}) >= 8 * squares_blocks(n)
+
+
+def norm_blocks(n: int) -> int:
+    return elementwise.ceil_div(n, max(elementwise.SUM_ROWS, elementwise.ceil_div(n, elementwise.SUM_BLOCKS)))
+
+
+def squares_blocks(n: int) -> int:
+    step = elementwise.SQUARES_STEP
+    least = elementwise.ceil_div(elementwise.ceil_div(n, elementwise.SQUARES_BLOCKS), step) * step
+    return elementwise.ceil_div(n, max(elementwise.SQUARES_LEAST, least))
 
 
 def test_a_small_product_is_cut_into_more_tiles() -> None:

@@ -21,9 +21,6 @@ STAGES, SPAN = 3, 32  # of a product in bfloat16: panels in flight, and their de
 SLAB = 256  # rows that one block of a column sum takes
 TENSOR_THREADS, TENSOR_ROWS = 128, 64  # of attention on the tensor cores
 
-# Scratch of a row, bytes in all, over its dims and ints: the table's column ``device``.
-WORK = {"linear_dw": f"4*o*((n+{SLAB - 1})//{SLAB})", "attention_dx": "4*n*h"}
-
 
 def ceil(a: int, b: int) -> int:
     return -(-a // b)
@@ -59,7 +56,7 @@ def product(kind: Pass, at: Sequence[int], shape: Shape, half: bool, device: Pro
 
 
 def bias_gradient(db: int, dy: int, n: int, o: int, half: bool, work: int) -> tuple[Launch, ...]:
-    """db[o] += Σ_n dy, in two steps of a fixed order through ``work``, for which see ``WORK``."""
+    """db[o] += Σ_n dy, in two steps of a fixed order through ``work``: a row of o sums for each slab."""
     width = 64 if half else 32
     block = (THREADS, 1, 1)
     return (
