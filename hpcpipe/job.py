@@ -233,9 +233,10 @@ class Job:
 
     def _banner(self) -> Iterator[str]:
         p, c = self.plan, self.config
+        seat = f"a GPU in {c.train.compute}" if self.backend.on_device else f"{self.backend.threads} threads"
         yield (
             f"{c.model.family}, {model.parameter_count(c.model):,} parameters; {len(p.stages)} stages x "
-            f"{p.replicas} replicas x {self.backend.threads} threads; {c.pipeline.schedule}, "
+            f"{p.replicas} replicas x {seat}; {c.pipeline.schedule}, "
             f"{p.micros} microbatches of {c.train.microbatch} x {c.train.length} tokens"
         )
         most = p.most

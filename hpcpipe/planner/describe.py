@@ -50,13 +50,14 @@ def _lines(p: Plan, threads: int, width: int) -> list[str]:
     c = p.config
     m, t = c.model, c.train
     count = model.parameter_count(m)
+    seat = f"a GPU in {t.compute}" if c.device.backend == "cuda" else f"{threads} threads"
     lines = [
         (
             f"{m.family}: {m.layers} layers, {m.heads} heads ({m.kv_heads} kv), width {m.width}, ffn {m.ffn}, "
             f"vocabulary {m.vocab}, {count:,} parameters"
         ),
         (
-            f"{len(p.stages)} stages x {p.replicas} replicas, {threads} threads each; {t.batch} sequences of "
+            f"{len(p.stages)} stages x {p.replicas} replicas, {seat} each; {t.batch} sequences of "
             f"{t.length} tokens per step in {p.micros} microbatches of {t.microbatch} per replica"
         ),
         f"{p.flops / 1e9:,.2f} GFLOP per step, {p.flops / p.tokens / 1e6:,.3f} MFLOP per token",
