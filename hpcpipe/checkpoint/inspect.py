@@ -31,7 +31,7 @@ def describe(path: Path | str, json: bool = False, stats: bool = False) -> str:
     """
     found = facts(Path(path), stats)
     if json:
-        return json_.dumps(_finite(found), indent=1, allow_nan=False)
+        return json_.dumps(finite(found), indent=1, allow_nan=False)
     return report.text(found)
 
 
@@ -207,10 +207,10 @@ def _config(text: str) -> dict[str, Any]:
         return {}
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON knows no NaN and no Inf: null instead."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

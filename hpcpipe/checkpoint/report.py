@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 LABELS = {"parameter": "p", "moment1": "m1", "moment2": "m2"}
-SHOWN = {"step", "loss", "tokens", "created", "host", "config", "about", "format"}  # elsewhere, or not worth a line
+# Attributes that are told elsewhere, or not worth a line; and such as are told in full.
+SHOWN = {"step", "loss", "tokens", "created", "host", "config", "about", "format", "layout"}
+WHOLE = {"hardware"}
 LEGEND = "kept: p = parameter, m1 and m2 = AdamW's moments; boxes = stored pieces of each"
 SECTIONS = ("model", "train", "optimizer", "pipeline")
 
@@ -89,10 +91,10 @@ def _attributes(c: Mapping[str, Any]) -> Iterator[str]:
     versions = {k[8:]: v for k, v in c["attributes"].items() if k.startswith("version.")}
     rows += [["versions", _pairs(versions)]] if versions else []
     for key, value in c["attributes"].items():
-        if key in SHOWN or key.startswith("version.") or value == "":
+        if key in SHOWN or key.startswith(("version.", "units.")) or value == "":
             continue
         short = number(value)
-        if len(short) > 80 or "\n" in short:
+        if key not in WHOLE and (len(short) > 80 or "\n" in short):
             first = short.strip().split("\n")[0]
             short = f"{len(short):,} characters: {first[:60]}..."
         rows.append([key, short])
