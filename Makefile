@@ -1,10 +1,11 @@
 # Everything sets itself up: Python >= 3.10, a C compiler and make are enough (see .ci/bootstrap.py).
 PYTHON ?= python3
 RUN = .venv/bin/python
+QUICK = "not long and not peers and not slurm_real"
 SETUP = @command -v $(PYTHON) >/dev/null || { echo "setup: there is no $(PYTHON) on the PATH: install Python 3.10 or newer \
 (Debian: apt install python3 python3-venv)."; exit 1; }; $(PYTHON) .ci/bootstrap.py
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
-.PHONY: build demo test test-long test-gpu test-peers bench cuda-check lint clean distclean
+.PHONY: build demo test test-long test-gpu test-slurm test-peers bench cuda-check lint clean distclean
 
 build: ## virtual environment, MPI, packages, native library
 	$(SETUP)
@@ -15,7 +16,8 @@ demo: build ## the main job on real text: prepare, train on two ranks, inspect, 
 test: ## lint and every test that takes seconds, under both MPIs
 	$(SETUP) mpich
 	@$(MAKE) --no-print-directory lint cuda-check
-	@$(RUN) -m pytest -q -m "not long and not peers"
+	@$(RUN) -m pytest -q -n 2 -m $(QUICK) tests/pure tests/kernels tests/gpu tests/house
+	@$(RUN) -m pytest -q -m $(QUICK) tests/runtime tests/mpi tests/slurm
 
 test-long: ## the tests that take minutes
 	$(SETUP) mpich
@@ -23,6 +25,10 @@ test-long: ## the tests that take minutes
 
 test-gpu: build ## on this machine's GPU (pip install -e .[cuda12] or .[cuda13] into .venv first)
 	@$(RUN) -m pytest -q -m gpu
+
+test-slurm: ## the batch scripts on a real Slurm of four emulated hosts (root, Debian; installs its packages)
+	$(SETUP) mpich
+	@$(RUN) .ci/slurm.py
 
 test-peers: ## against PyTorch and transformers (downloads them)
 	$(SETUP) peers

@@ -75,12 +75,12 @@ def signals() -> Iterator[list[int]]:
     before = [signal.getsignal(n) for n in numbers]
 
     def note(number: int, _: object) -> None:
-        # Asked again: at once then. (A launcher may send the first one twice.)
-        if asked and time.monotonic() - when[0] > 1:
+        # Ctrl-C again: at once then. (A launcher may send the first one twice, a scheduler TERM and USR1 as it likes.)
+        if number == signal.SIGINT and asked and time.monotonic() - when[0] > 1:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+        when.append(time.monotonic())  # before asked: another signal may come in between
         asked.append(number)
-        when.append(time.monotonic())
 
     when: list[float] = []
     for number in numbers:
