@@ -112,7 +112,11 @@ def load(file: Path) -> ModuleType:
 def test(words: list[str]) -> int:
     env = {**os.environ, "HPCPIPE_TESTBED": str(FOLDER)}
     command = [sys.executable, "-m", "pytest", "-q", "-m", "slurm_real", "tests/slurm", *words]
-    return subprocess.call(command, cwd=ROOT, env=env)
+    status = subprocess.call(command, cwd=ROOT, env=env)
+    if status == 1:  # tests failed; daemons of a crowded machine may have missed a deadline of theirs, a defect stays
+        print("test-slurm: what failed is tried once more", flush=True)
+        status = subprocess.call([*command, "--last-failed"], cwd=ROOT, env=env)
+    return status
 
 
 if __name__ == "__main__":
