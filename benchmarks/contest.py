@@ -51,8 +51,8 @@ class Competitor(NamedTuple):
 class Process:
     """One worker. It is stopped except while ``ask`` waits for its answer."""
 
-    def __init__(self, command: list[str], log: Path, environment: dict[str, str]) -> None:
-        self.log = log
+    def __init__(self, command: list[str], log: Path, environment: dict[str, str], patience: float = PATIENCE) -> None:
+        self.log, self.patience = log, patience
         with log.open("wb") as errors:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
@@ -89,9 +89,9 @@ class Process:
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
-        readable, _, _ = select.select([self.process.stdout], [], [], PATIENCE)
+        readable, _, _ = select.select([self.process.stdout], [], [], self.patience)
         if not readable:
-            raise Failed(f"no answer within {PATIENCE:.0f} s")
+            raise Failed(f"no answer within {self.patience:.0f} s")
         line = self.process.stdout.readline()
         if not line:
             tail = self.log.read_text(errors="replace").strip().splitlines()[-1:]
@@ -102,15 +102,20 @@ class Process:
         return answer
 
 
-def start(competitor: Competitor, job: Path, threads: int, preload: str) -> Process:
-    """A competitor that has compiled and warmed up, stopped; raises Failed."""
+def start(
+    competitor: Competitor, job: Path, threads: int, preload: str = "", compilers: int = 1, patience: float = PATIENCE
+) -> Process:
+    """A competitor that has compiled and warmed up, stopped; raises Failed.
+
+    ``compilers``: processes that PyTorch may compile in; on a CPU they would be a pool beside what is measured.
+    """
     command = [competitor.python, "-m", competitor.module, str(job), "--threads", str(threads)]
-    environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # no pool of compilers beside the measured process
+    environment = {"TORCHINDUCTOR_COMPILE_THREADS": str(compilers)}
     shimmed = bool(preload) and competitor.module.endswith("torch")
     if shimmed:
         environment["LD_PRELOAD"] = ":".join(filter(None, (preload, os.environ.get("LD_PRELOAD"))))
     log = job.with_name(competitor.name.replace(":", "-") + ".log")
-    process = Process([*command, "--variant", competitor.variant], log, environment)
+    process = Process([*command, "--variant", competitor.variant], log, environment, patience)
     if shimmed:
         process.ready["about"] += ", MKL's AVX-512 kernels enabled on this vendor"
     return process

@@ -1,19 +1,22 @@
-"""The PyTorch competitor: the GPT-2 or Llama module one writes today, eager or compiled, on all cores of the mask.
+"""The PyTorch competitor: the GPT-2 or Llama module one writes today, eager or compiled, on all cores or a GPU.
 
 Settings in its favour: scaled_dot_product_attention, fused AdamW, multi-tensor clipping, denormals flushed, no Python
-between the module and the optimizer beyond the five lines of a training step.
+between the module and the optimizer beyond the five lines of a training step. On a GPU: autocast to bfloat16 over
+float32 parameters, flash attention and nothing else.
 Variants, joined by "-": ``eager`` or ``compile`` or ``autotune`` (torch.compile's max-autotune), then ``foreach`` or
 ``fused`` for AdamW.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.shape import OPTIMIZER, THETA, Job, Shape
-from benchmarks.worker import Run, serve
+from benchmarks.worker import More, Run, serve
 
 
 def rotary(shape: Shape) -> torch.Tensor:
@@ -27,7 +30,7 @@ def rotate(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     """Turns the pairs (i, i + d/2) of [b, heads, t, d]."""
     a, b = x.chunk(2, dim=-1)
     cosine, sine = turn
-    return torch.cat([a * cosine - b * sine, b * cosine + a * sine], dim=-1)
+    return torch.cat([a * cosine - b * sine, b * cosine + a * sine], dim=-1).to(x.dtype)
 
 
 class LlamaBlock(nn.Module):
@@ -122,37 +125,66 @@ def optimizer_of(model: nn.Module, kind: str) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, **{kind: True})
 
 
-def build(job: Job, threads: int, variant: str) -> tuple[Run, str]:
+def place(cuda: bool) -> torch.device:
+    """The device; on a GPU nothing but flash attention may do attention."""
+    if not cuda:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"torch {torch.__version__} sees no GPU")
+    torch.backends.cuda.enable_flash_sdp(True)
+    for other in ("math", "mem_efficient", "cudnn"):
+        getattr(torch.backends.cuda, f"enable_{other}_sdp")(False)
+    return torch.device("cuda")
+
+
+def loss_function(model: nn.Module, mode: str) -> nn.Module:
+    """The module, compiled as the variant says."""
+    if mode not in ("eager", "compile", "autotune"):
+        raise ValueError(f"no PyTorch variant is called {mode!r}; known are eager, compile and autotune")
+    options = {"mode": "max-autotune"} if mode == "autotune" else {}
+    return model if mode == "eager" else torch.compile(model, **options)
+
+
+def build(job: Job, threads: int, variant: str) -> tuple[Run, str, More]:
     """The training loop of one variant."""
     torch.set_flush_denormal(True)  # before the first parallel region: OpenMP's threads inherit it
     torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
     torch.set_float32_matmul_precision("highest")
     mode, _, kind = variant.partition("-")
-    kind = kind or "fused"
+    kind, half, pieces = kind or "fused", job.device != "cpu", job.pieces
+    device = place(job.device == "cuda")
     model = (Llama if job.shape.kv_heads else GPT)(job.shape)
     model.load_state_dict({name: torch.from_numpy(w) for name, w in job.weights.items()})
-    optimizer = optimizer_of(model, kind)
+    model.to(device)
+    optimizer, loss_of = optimizer_of(model, kind), loss_function(model, mode)
     parameters = list(model.parameters())
-    if mode not in ("eager", "compile", "autotune"):
-        raise ValueError(f"no PyTorch variant is called {variant!r}; known are eager, compile and autotune")
-    options = {"mode": "max-autotune"} if mode == "autotune" else {}
-    loss_of = model if mode == "eager" else torch.compile(model, **options)
-    tokens = torch.from_numpy(job.tokens).long()
-    batches = [(b[:, :-1].contiguous(), b[:, 1:].contiguous()) for b in tokens]
+    narrow = torch.autocast(device.type, torch.bfloat16) if half else nullcontext()
+    tokens = torch.from_numpy(job.tokens).long().to(device)
+    batches = [[(p[:, :-1].contiguous(), p[:, 1:].contiguous()) for p in b.chunk(pieces)] for b in tokens]
 
     def run(first: int, count: int) -> list[float]:
         losses = []
         for step in range(first, first + count):
-            loss = loss_of(*batches[step % len(batches)])
-            loss.backward()
+            shares = []
+            for piece in batches[step % len(batches)]:
+                with narrow:
+                    loss = loss_of(*piece)
+                loss = loss / pieces if pieces > 1 else loss
+                loss.backward()
+                shares.append(loss.detach())
             nn.utils.clip_grad_norm_(parameters, OPTIMIZER.clip, foreach=True)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.detach())
-        return [float(loss) for loss in losses]
+            losses.append(shares)
+        return [sum(map(float, shares)) for shares in losses]
 
-    return run, f"torch {torch.__version__}, {mode}, {kind} AdamW, {torch.get_num_threads()} threads"
+    def more() -> dict[str, float]:
+        return {"device_bytes": float(torch.cuda.max_memory_allocated())} if device.type == "cuda" else {}
+
+    where = f"{threads} threads" if device.type == "cpu" else f"{torch.cuda.get_device_name()}, flash attention"
+    about = f"torch {torch.__version__}, {mode}, {kind} AdamW, {where}"
+    return run, about + (", autocast to bfloat16" if half else ""), more
 
 
 if __name__ == "__main__":

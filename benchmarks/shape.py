@@ -166,20 +166,37 @@ def synthetic_tokens(shape: Shape, seed: int) -> NDArray[np.int32]:
 
 
 class Job(NamedTuple):
-    """What a worker reads: the shape, weights by name, and tokens [BATCHES, sequences, length + 1]."""
+    """What a worker reads: the shape, weights by name, and tokens [BATCHES, sequences, length + 1]; where and how.
+
+    ``device``: cpu (float32), cuda (bfloat16 with float32 master weights), or rehearsal, which is cuda's program where
+    there is no GPU. ``microbatch``: sequences whose gradients are added up to a step's, 0 for what a competitor likes.
+    """
 
     shape: Shape
     weights: dict[str, NDArray[np.float32]]
     tokens: NDArray[np.int32]
+    device: str = "cpu"
+    microbatch: int = 0
+
+    @property
+    def pieces(self) -> int:
+        """Microbatches of a step, for a competitor that has no wish of its own."""
+        return self.shape.sequences // self.microbatch if self.microbatch else 1
 
 
-def write(path: Path, shape: Shape, seed: int = 1) -> None:
+def write(path: Path, shape: Shape, seed: int = 1, device: str = "cpu", microbatch: int = 0) -> None:
     """Writes the job of a shape as an .npz file."""
-    np.savez(path, shape=np.array(shape), tokens=synthetic_tokens(shape, seed + 1), **initial_weights(shape, seed))
+    if microbatch and shape.sequences % microbatch:
+        raise ValueError(f"{shape.sequences} sequences are not a whole number of microbatches of {microbatch}")
+    np.savez(
+        path, shape=np.array(shape), tokens=synthetic_tokens(shape, seed + 1), device=np.array(device),
+        microbatch=np.array(microbatch), **initial_weights(shape, seed),
+    )  # fmt: skip
 
 
 def read(path: Path) -> Job:
     """Reads a job that ``write`` made."""
     with np.load(path) as file:
         shape = Shape(*(int(size) for size in file["shape"]))
-        return Job(shape, {name: file[name] for name in shape.parameters}, file["tokens"])
+        weights = {name: file[name] for name in shape.parameters}
+        return Job(shape, weights, file["tokens"], str(file["device"]), int(file["microbatch"]))

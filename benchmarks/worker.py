@@ -2,7 +2,7 @@
 
     worker -> driver   {"ready": true, "losses": [...], "setup_seconds": s, "warm_seconds": s, "about": text, ...}
     driver -> worker   {"steps": k}
-    worker -> driver   {"seconds": s, "loss": x, "step": n, "peak_bytes": b, "steady_bytes": b}
+    worker -> driver   {"seconds": s, "loss": x, "step": n, "peak_bytes": b, "steady_bytes": b, ...}
     worker -> driver   {"error": text}     instead of either, and the worker ends
 
 Between two requests a worker blocks on its standard input (the driver stops the whole process group to be sure).
@@ -30,8 +30,10 @@ PR_SET_PDEATHSIG = 1
 
 # Trains steps first, first + 1, … first + count - 1 and returns their losses once all of that work is done.
 Run = Callable[[int, int], list[float]]
-# From the job, the number of threads and the variant to (run, one line about versions and settings).
-Build = Callable[[Job, int, str], tuple[Run, str]]
+# What more a worker tells with each answer: on a GPU "device_bytes", ...
+More = Callable[[], dict[str, float]]
+# From the job, the number of threads and the variant to (run, one line about versions and settings[, more]).
+Build = Callable[[Job, int, str], tuple[Run, str] | tuple[Run, str, More]]
 
 
 def serve(build: Build, argv: list[str] | None = None) -> None:
@@ -54,7 +56,7 @@ def serve(build: Build, argv: list[str] | None = None) -> None:
 
 def _answer(build: Build, args: argparse.Namespace, out: TextIO) -> None:
     start = time.perf_counter()
-    run, about = build(read(args.job), args.threads, args.variant)
+    run, about, *more = build(read(args.job), args.threads, args.variant)
     built = time.perf_counter()
     losses = run(0, WARM)
     warm = time.perf_counter()
@@ -72,7 +74,8 @@ def _answer(build: Build, args: argparse.Namespace, out: TextIO) -> None:
         steady = peak_bytes()
         whole = max(whole, steady)
         memory = {"peak_bytes": whole, "steady_bytes": steady}
-        send(out, {"seconds": seconds, "loss": losses[-1], "step": step, **memory})
+        told = {key: value for tell in more for key, value in tell().items()}
+        send(out, {"seconds": seconds, "loss": losses[-1], "step": step, **memory, **told})
 
 
 def send(out: TextIO, message: dict[str, Any]) -> None:

@@ -64,10 +64,10 @@ class Job:
         self.warnings += [lock.warning for lock in self.locks if lock.warning]
         self.step = self.resumed.step if self.resumed else 0
         self.loss = float(self.resumed.attributes["loss"]) if self.resumed else float("nan")
+        self._peak = self._measure_peak()
         self._together(self._allocate)
         self.chosen = self.seat.ready(dict.fromkeys((self.pipeline, *self.copies.values())), self.executor.arena)
         self._together(self._load)
-        self._peak = self._measure_peak()
         self.progress: Progress | None = None
         self.optimizer_seconds = 0.0  # of norm and update, as predicted
         self.where = Whereabouts(self.program, self.evaluation, self.step, first, link.size, self.mates)

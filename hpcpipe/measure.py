@@ -31,7 +31,8 @@ def _price(slot: Slot, backend: Any) -> Cost:
     layout = arena.layout(recording, params, inputs[0], backend.real, on_device=backend.on_device)
     counts = {(0, pool): 1 for pool in POOLS}
     memory = arena.arrange(
-        {0: layout}, counts, params, inputs, 1, 0, backend.threads, backend.real, half=bool(recording.halves)
+        {0: layout}, counts, params, inputs, 1, 0, backend.threads, backend.real, half=bool(recording.halves),
+        on_device=backend.on_device,
     )
     executor = Executor(memory, {0: Stage(recording, layout)}, backend, LocalWorld(1).links[0])
     key = executor.input("key", 0)
@@ -46,4 +47,6 @@ def _price(slot: Slot, backend: Any) -> Cost:
         return perf_counter() - begin
 
     rounds = [[seconds(name) for name in PASSES] for _ in range(ROUNDS)]
+    if backend.on_device:
+        backend.forget(executor.arena)
     return Cost(*(min(column) for column in zip(*rounds[1:], strict=True)))

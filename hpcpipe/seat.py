@@ -21,6 +21,8 @@ from hpcpipe.placement.mapping import Place
 
 T = TypeVar("T")
 
+LIBRARIES = 256 << 20  # bytes beside a device's arena: what cuDNN and NCCL take, graphs
+
 
 @dataclass(frozen=True)
 class Seat:
@@ -36,8 +38,9 @@ class Seat:
     def check_memory(self, need: int) -> None:
         """Refuses an arena of ``need`` bytes that this rank's device, or its node, cannot hold."""
         if self.backend.on_device:
-            properties = self.backend.driver.properties
-            have, where = properties.free // self.sharers, f"its share of the free memory of its {properties.name}"
+            need += LIBRARIES
+            name = self.backend.driver.properties.name
+            have, where = self.backend.driver.room() // self.sharers, f"its share of the free memory of its {name}"
         else:
             free = memory.free_bytes()
             have = need if free is None else free // self.link.node_ranks()[1]

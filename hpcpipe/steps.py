@@ -182,6 +182,8 @@ class Steps:
         verdict, pending = self.verdict, self.pending
         assert verdict is not None and pending is not None
         if not verdict.finite:
+            if pending.guessed:
+                self.job.optimizer.take_back()
             self.job.link.agree(
                 f"step {pending.step + 1}: loss {verdict.loss} and gradient norm {verdict.norm} are not finite"
                 f"{self._blamed()}; lower optimizer.lr, lengthen optimizer.warmup or set optimizer.clip, and start "

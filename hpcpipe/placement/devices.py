@@ -140,6 +140,9 @@ def _gpus(functions: Sequence[Path], dev: Path, proc: Path, facts: Mapping[str, 
         elif facts:  # NVML is the better witness: a cgroup hides a GPU whose device node everyone sees
             gpu = gpu._replace(usable=False)
         yield gpu
+    for bus, fact in facts.items():  # a sandbox may hide the PCI bus and still lend the device
+        if bus not in told:
+            yield Gpu(bus, (), -1)._replace(**fact._asdict())
 
 
 def _information(file: Path) -> dict[str, str]:

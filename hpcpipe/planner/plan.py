@@ -352,7 +352,7 @@ def _ranks(
         scratch = arena.scratch_elements(params[rank], copies)
         memory = arena.arrange(
             own, counts, params[rank], inputs[rank], micros, scratch, threads, real, early,
-            half=slots.compute(config) == "h",
+            half=slots.compute(config) == "h", on_device=gpu,
         )  # fmt: skip
         found.append(RankPlan(mine, params[rank], own, memory, programs[rank], evaluations[rank]))
     return tuple(found)

@@ -17,8 +17,8 @@ from hpcpipe.backends.null import PASSES, Call, Recording, Tensor
 from hpcpipe.schedule.op import Kind
 from hpcpipe.schedule.program import POOLS, Lifetimes
 
-RESIDENT = ("PARAM", "GRAD", "MOMENT1", "MOMENT2", "BEFORE", "HALF", "SCALAR", "INPUT", "TEMP", "SCRATCH")
-OPTIONAL = ("BEFORE", "HALF")  # regions that not every run has
+RESIDENT = ("PARAM", "GRAD", "MOMENT1", "MOMENT2", "BEFORE", "HALF", "SCALAR", "INPUT", "CURRENT", "TEMP", "SCRATCH")
+OPTIONAL = ("BEFORE", "HALF", "CURRENT")  # regions that not every run has
 REGIONS = (*RESIDENT, *POOLS)
 INDEX = {name: i for i, name in enumerate(REGIONS)}
 ALIGN = 64  # bytes: a cache line, and the widest vector register
@@ -133,7 +133,7 @@ def layout(
         if tensor.id not in where and kept:
             where[tensor.id] = (INDEX[kept], slot[kept])
             slot[kept] += size_of(tensor, real)
-    temp = max(_temporaries(recording.passes[name], where, real) for name in PASSES)
+    temp = max(_temporaries(recording.passes[name], where, real, on_device) for name in PASSES)
     work = max((call.scratch(on_device) for name in PASSES for call in recording.passes[name]), default=0)
     if on_device:  # the optimizer's norm needs some there
         work = max(work, evaluate(BY_NAME["sumsq"].device, {"n": params.size}))
@@ -163,13 +163,16 @@ def _tensors(recording: Recording) -> list[Tensor]:
     return list(seen.values())
 
 
-def _temporaries(calls: Sequence[Call], where: dict[int, tuple[int, int]], real: int) -> int:
-    """Places the tensors that live within one pass by linear scan, first fit; returns the bytes they need together."""
+def _temporaries(calls: Sequence[Call], where: dict[int, tuple[int, int]], real: int, pairs: bool = False) -> int:
+    """Places the tensors that live within one pass by linear scan, first fit; returns the bytes they need together.
+
+    ``pairs``: a call and the next one may become one, so what the first reads outlives what the second writes.
+    """
     last = {t.id: i for i, call in enumerate(calls) for t in call.buffers if t is not None}
     live: list[tuple[int, int, int]] = []  # (offset, end, last call), by offset
     top = 0
     for i, call in enumerate(calls):
-        live = [span for span in live if span[2] >= i]
+        live = [span for span in live if span[2] >= i - pairs]
         for tensor in call.buffers:
             if tensor is None or tensor.id in where:
                 continue
@@ -236,11 +239,13 @@ def arrange(
     real: int,
     early: bool = False,
     half: bool = False,
+    on_device: bool = False,
 ) -> Memory:
     """Stacks the regions of one rank: flat buffers, scalars, inputs of a step, temporaries, slots, scratch.
 
     ``counts[stage, pool]`` are slots, ``scratch`` the elements that exchanges need, ``micros`` a step's microbatches;
     ``early`` asks for the room that an update on a guess needs, ``half`` for bfloat16 copies of the parameters.
+    ``on_device``: room for the inputs and the loss of the microbatch that is being computed, in one place for all.
     """
     sizes = {
         "PARAM": real * params.size,
@@ -251,6 +256,7 @@ def arrange(
         "HALF": SIZES["h"] * params.size * half,
         "SCALAR": 8 * (HYPER + len(params.owned)),
         "INPUT": inputs[1] * micros,
+        "CURRENT": (inputs[1] + ALIGN) * on_device,
         "TEMP": max(part.temp for part in layouts.values()),
         "SCRATCH": real * scratch,
     }

@@ -134,11 +134,22 @@ class Executor:
         bound = Bound(program, self.accumulating, self.upload)
         if self.backend.on_device:
             bound.marks = Marks(self.backend, bound.account.receives.tolist(), self.link.progress)
+            bound.released[:] = np.inf  # nobody knows when a device let go of a message: waiting for it is idleness
         bound.calls = tuple(self._prepare(at, i, channels, reduce, bound) for at, i in enumerate(bound.instructions))
-        bound.losses = [
-            (i.stage, self._loss(i)) for i in bound.instructions if i.kind == "F" and self._ends_in_loss(i.stage)
-        ]
+        rows = {s: self._loss_pool(s, bound) for s in self.stages if self._ends_in_loss(s)}
+        losses = [i for i in bound.instructions if i.kind == "F" and i.stage in rows]
+        bound.losses = [(i.stage, rows[i.stage][_slot(i, "Y").number]) for i in losses]
         return bound
+
+    def _loss_pool(self, stage: int, bound: Bound) -> Any:
+        """The losses of a stage by slot, float64 on the host; from a device they come all at once after a run."""
+        base, size, count = self.memory.pools[stage, "Y"]
+        pool = self.backend.array(self.arena, base, (count, size // 8), "d")
+        if not bound.marks:
+            return pool
+        here = np.zeros(pool.shape)
+        bound.collect.append(partial(pool.read, here))
+        return here
 
     def _channel(self, edge: Edge, slot: Slot, tags: int) -> Channel:
         _, size, _ = self.memory.pools[slot.stage, slot.pool]
@@ -163,12 +174,12 @@ class Executor:
         if kind in PASSES and not self.stages[stage].recording.passes[kind]:  # what it would do, B has done
             return lambda: None
         if kind in PASSES:
-            bases, arena, work = self.bases(instruction), self.arena, self.memory.work
             if bound.marks:
-                run = self.backend.bound(self.passes[stage, kind], arena, bases, work)
                 made = [s for s in instruction.slots if s in channels and s is not None and s.pool == MADE.get(kind)]
                 ready = [channels[s].ready for s in made]
-                return bound.marks.around(at, run, ready, str(Op(kind, stage, instruction.micro)))
+                name = str(Op(kind, stage, instruction.micro))
+                return bound.marks.around(at, self._on_device(instruction), ready, name)
+            bases, arena, work = self.bases(instruction), self.arena, self.memory.work
             parts = self.pieces[stage, kind] if channels else [self.passes[stage, kind]]
             first, *rest = (self.backend.bound(part, arena, bases, work) for part in parts)
             return _in_pieces((first, *rest), self.link.progress) if rest else first
@@ -178,21 +189,36 @@ class Executor:
             return bound.marks.beside(at, partial(reduce, stage)) if bound.marks else partial(reduce, stage)
         assert slot is not None
         channel = channels[slot]
-        stamp = channel.stamp if bound.marks else self._stamp(slot)
-        if kind == "SEND":
-            return _sending(channel.start, stamp, self.shift)
-        if kind == "WAIT" and slot.pool in ("X", "DY"):
+        if kind == "SEND" and not bound.marks:
+            return _sending(channel.start, self._stamp(slot), self.shift)
+        if kind == "WAIT" and slot.pool in ("X", "DY") and not bound.marks:
             number = int(np.searchsorted(bound.account.receives, at))
-            return _receiving(channel.wait, stamp, self.shift, bound.released, number)
+            return _receiving(channel.wait, self._stamp(slot), self.shift, bound.released, number)
         return channel.wait if kind == "WAIT" else channel.start
+
+    def _on_device(self, instruction: Instruction) -> Callable[[], None]:
+        """A pass on a device, the same graph for every microbatch that comes to the same slots: inputs are copied to
+        one place before it, a loss from one place after it.
+        """
+        kind, stage, bases = instruction.kind, instruction.stage, self.bases(instruction)
+        assert kind == "F" or kind == "B" or kind == "W"
+        recording, stride = self.stages[stage].recording, self.memory.stride
+        current, _ = self.memory.resident["CURRENT"]
+        work: list[Callable[[], None]] = []
+        inputs = {tensor.id for tensor in recording.inputs.values()}
+        if any(t is not None and t.id in inputs for call in recording.passes[kind] for t in call.buffers):
+            work.append(self.backend.copier(self.arena, current, int(bases[INDEX["INPUT"]]), stride))
+            bases[INDEX["INPUT"]] = current
+        loss = int(bases[INDEX["Y"]]) if kind == "F" and self._ends_in_loss(stage) else None
+        if loss is not None:
+            bases[INDEX["Y"]] = current + stride
+        work.append(self.backend.bound(self.passes[stage, kind], self.arena, bases, self.memory.work))
+        if loss is not None:
+            work.append(self.backend.copier(self.arena, loss, current + stride, 8))
+        return work[0] if len(work) == 1 else _in_order(work)
 
     def _ends_in_loss(self, stage: int) -> bool:
         return self.stages[stage].recording.y.type == "d"
-
-    def _loss(self, instruction: Instruction) -> Any:
-        slot = instruction.slots[POOLS.index("Y")]
-        assert slot is not None
-        return self.backend.array(self.arena, self.memory.base(*slot), (1,), "d")
 
 
 def _portions(calls: Sequence[Call]) -> list[Sequence[Call]]:
@@ -204,6 +230,20 @@ def _portions(calls: Sequence[Call]) -> list[Sequence[Call]]:
             ends.append(i)
             done = 0.0
     return [calls[a:b] for a, b in pairwise([*ends, len(calls)])]
+
+
+def _slot(instruction: Instruction, pool: str) -> Slot:
+    slot = instruction.slots[POOLS.index(pool)]
+    assert slot is not None
+    return slot
+
+
+def _in_order(work: Sequence[Callable[[], None]]) -> Callable[[], None]:
+    def compute() -> None:
+        for each in work:
+            each()
+
+    return compute
 
 
 def _in_pieces(pieces: Sequence[Callable[[], None]], between: Callable[[], None]) -> Callable[[], None]:
@@ -248,6 +288,7 @@ class Bound:
         self.calls: tuple[Callable[[], None], ...] = ()
         self.losses: list[tuple[int, Any]] = []  # (stage, view)
         self.marks: Marks | None = None  # on a device, which works while the host goes on
+        self.collect: list[Callable[[], None]] = []  # on a device: what brings results of a run to the host
         self._upload = upload
         self.clock = np.zeros(len(self.instructions) + 1)
         self.released = np.zeros(len(self.account.receives))
@@ -285,6 +326,8 @@ class Bound:
         self.asking = 0.0  # the device went on meanwhile
         if valid:
             marks.read(self.clock)
+            for bring in self.collect:
+                bring()
 
     def _walk(self, numbers: Iterable[int]) -> None:
         clock, calls = self.clock, self.calls

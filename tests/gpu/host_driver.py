@@ -127,6 +127,10 @@ class HostDriver:
             self.memory.release(address)
             self._reap()
 
+    def room(self) -> int:
+        with self._verb("room"):
+            return self.memory.limit - self.memory.used
+
     def pinned(self, nbytes: int) -> Bytes:
         with self._verb("pinned", capturing=False):
             return self.memory.pinned(nbytes)

@@ -1,14 +1,15 @@
-"""One call of the kernel table on the kernels of native/cuda, compiled for the host; and its results judged.
+"""One call of the kernel table on the kernels of native/cuda, on the host or on a device; and its results judged.
 
-In: a row of the table, a case, inputs, an order of threads. Out: what the launches of its launcher write. Outputs and
-scratch are poisoned before, and what lies around every buffer is watched.
+In: a row of the table, a case, inputs, a ``Machine``. Out: what the call writes there. Outputs and scratch are poisoned
+before, and what lies around every buffer is watched.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -81,8 +82,23 @@ class Memory:
     def span(self, name: str) -> slice:
         return slice(self.at[name], self.at[name] + self.nbytes[name])
 
-    def address(self, name: str) -> int:
-        return self.bytes.ctypes.data + self.at[name]
+
+class Machine(Protocol):
+    """What can do a call: ``run`` does it with the bytes of ``image`` at an address that it gives to ``site_at``."""
+
+    def run(self, image: Array, site_at: Callable[[int], Site]) -> None: ...
+
+
+class OnHost:
+    """The kernels compiled by g++, with their threads in an order."""
+
+    def __init__(self, entries: Mapping[str, build.Library], order: int = build.FORWARD) -> None:
+        self.entries, self.order = entries, order
+
+    def run(self, image: Array, site_at: Callable[[int], Site]) -> None:
+        site = site_at(image.ctypes.data)._replace(device=DEVICE)
+        for entry, grid, block, args, shared in LAUNCHERS[site.call.kernel](site):
+            self.entries[entry].run(entry, grid, block, args, shared, self.order)
 
 
 def execute(
@@ -92,6 +108,13 @@ def execute(
     values: Mapping[str, Array | None],
     half: bool = False,
     order: int = build.FORWARD,
+) -> dict[str, Array]:
+    """``tried`` on the host."""
+    return tried(OnHost(entries, order), name, env, values, half)
+
+
+def tried(
+    machine: Machine, name: str, env: Env, values: Mapping[str, Array | None], half: bool = False
 ) -> dict[str, Array]:
     """Runs one call; results by name, those of the compute type as float32.
 
@@ -113,9 +136,12 @@ def execute(
         elif a.name in there:
             views[a.name][...] = rounded(values[a.name]) if a.type == "a" and half else values[a.name]
     before = memory.bytes.copy()
-    at = {a.name: memory.address(a.name) if a.name in there else 0 for a in row.buffers}
-    for launch in LAUNCHERS[name](Site(call, at, half, memory.address(""), DEVICE)):
-        entries[launch.entry].run(launch.entry, launch.grid, launch.block, launch.args, launch.shared, order)
+
+    def site_at(base: int) -> Site:
+        at = {a.name: base + memory.at[a.name] if a.name in there else 0 for a in row.buffers}
+        return Site(call, at, half, base + memory.at[""], DEVICE)
+
+    machine.run(memory.bytes, site_at)
     touched = [a for a in row.buffers if a.role != "in" and a.name in there]
     found = {
         a.name: widened(views[a.name]) if a.type == "a" and half else views[a.name].copy()

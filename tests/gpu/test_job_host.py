@@ -116,7 +116,7 @@ def test_a_device_that_fails_ends_the_job_and_leaves_its_checkpoints(data: Path,
 
 def test_too_little_memory_is_said_before_step_0(data: Path, tmp_path: Path) -> None:
     small = HOPPER._replace(free=1 << 16)
-    said = r"rank 0 needs 0\.0 GiB, its share of the free memory of its host memory posing as a GPU is"
+    said = r"rank 0 needs 0\.3 GiB, its share of the free memory of its host memory posing as a GPU is"
     with gpus(1, properties=small), pytest.raises(UserError, match=said):
         run(data, tmp_path / "run", 1, "llama", device__backend="cuda", **SHORT)
     assert not list((tmp_path / "run").glob("step_*"))

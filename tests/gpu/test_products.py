@@ -19,12 +19,11 @@ import pytest
 from hpcpipe.backends.cuda import products_cublaslt, products_tune
 from hpcpipe.backends.cuda.driver import Properties
 from hpcpipe.backends.cuda.launch import Launch, Site
-from hpcpipe.backends.cuda.launches_products import WORK
 from hpcpipe.backends.cuda.products import Products, forward, input_gradient, narrowed
 from hpcpipe.backends.cuda.products_cublaslt import MatmulStep, Pointers, Product
 from hpcpipe.backends.cuda.products_narrow import FACTORS, NarrowProducts
 from hpcpipe.backends.cuda.recipes import FORMATS, RECIPES, dequantize, quantize
-from hpcpipe.backends.kernels import BY_NAME, SIZES, evaluate
+from hpcpipe.backends.kernels import BY_NAME, SIZES
 from hpcpipe.backends.null import Call, Tensor
 from hpcpipe.config import UserError
 from tests.gpu.fake_libraries import DTYPES, E4M3, E5M2, FakeCublasLt, gelu, gelu_slope
@@ -102,8 +101,7 @@ def site_of(bench: Bench, call: Call, values: Mapping[str, Array | None], half: 
         else:
             value = values[a.name]
             at[a.name] = bench.place(rounded(value) if tensor.type == "h" else value.astype(TYPES[tensor.type]))
-    scratch = evaluate(WORK.get(call.kernel, "0"), call.env)
-    work = bench.place(np.full(scratch + 1, 0xFF, np.uint8))
+    work = bench.place(np.full(call.scratch(True) + 1, 0xFF, np.uint8))
     return Site(call, at, half, work, bench.driver.properties)
 
 

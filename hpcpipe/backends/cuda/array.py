@@ -127,6 +127,10 @@ class DeviceArray:
         self.memory.bridge.read(self.address, found, self.compute if stream is None else stream)
         return found
 
+    def read(self, into: Array) -> None:
+        """Reads all elements into a contiguous host array, after what the current stream was given so far."""
+        self.memory.bridge.read(self.address, into, self.compute)
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         return self.numpy() if dtype is None else self.numpy().astype(dtype)
 

@@ -118,15 +118,19 @@ class CudaBackend:
             return lambda: None
         key = (handle, memory.address, bases.tobytes(), work)
         if key not in self._graphs:
-            self._passing, self._whole = handle.passing, handle.whole
-            steps = self._steps(self._sites(handle, memory, bases, work))
-            self._graphs[key] = _Graph(self.driver, self.streams, steps)
+            self._graphs[key] = _Graph(self.driver, self.streams, self._prepared(handle, memory, bases, work))
         return self._graphs[key].launch
 
     def run(self, handle: Pass, memory: Memory, bases: Array, work: int = -1) -> None:
-        """Executes a compiled pass and waits for its end."""
-        self.bound(handle, memory, bases, work)()
+        """Executes a compiled pass, call by call, and waits for its end."""
+        for step in self._prepared(handle, memory, bases, work):
+            step.enqueue(self.streams.current)
         self.driver.synchronize(self.streams.current)
+
+    def copier(self, memory: Memory, to: int, source: int, nbytes: int) -> Callable[[], None]:
+        """What copies bytes from one offset of the arena to another."""
+        a, b, copy, streams = memory.address + to, memory.address + source, self.driver.copy, self.streams
+        return lambda: copy(a, b, nbytes, streams.current)
 
     def matmul_peak(self, seconds: float) -> float:
         """FLOP/s of this device's products in the type that this run computes in: known by its name, or measured."""
@@ -208,6 +212,10 @@ class CudaBackend:
         self.driver.wait(self.streams.compute, self._ended)
 
     # --- graphs
+
+    def _prepared(self, handle: Pass, memory: Memory, bases: Array, work: int) -> list[Step]:
+        self._passing, self._whole = handle.passing, handle.whole
+        return self._steps(self._sites(handle, memory, bases, work))
 
     def _sites(self, handle: Pass, memory: Memory, bases: Array, work: int) -> list[Site]:
         found = []

@@ -156,6 +156,11 @@ class CupyDriver:
         with suppress(UserError), self._guard:  # a device that has failed has lost it already
             self._runtime.free(address)
 
+    def room(self) -> int:
+        with self._guard:
+            free: int = self._runtime.memGetInfo()[0]
+            return free
+
     def pinned(self, nbytes: int) -> Bytes:
         with self._guard:
             # Not CuPy's pool, which rounds up to a power of two.

@@ -27,7 +27,7 @@ class Properties(NamedTuple):
     capability: tuple[int, int]  # (9, 0) for Hopper
     multiprocessors: int
     memory: int  # in all
-    free: int  # when it was asked
+    free: int  # when the device was opened
     shared: int  # that one block may have, dynamic, at most
     driver: int  # the CUDA version that it knows, 13000 for 13.0
     bus: str  # PCI address, "0000:19:00.0"
@@ -52,6 +52,9 @@ class Driver(Protocol):
 
     def release(self, address: int) -> None:
         """Gives memory back."""
+
+    def room(self) -> int:
+        """Bytes that are free now."""
 
     def pinned(self, nbytes: int) -> Bytes:
         """Zeroed page-locked host memory, uint8 [nbytes]: what copies run beside computation from and to."""

@@ -111,7 +111,7 @@ def _peak(backend: CudaBackend, compute: str, seconds: float) -> float:
     if known:
         return known
     side, type = SIDE, "r" if compute == "float32" else "h"
-    while 12 * side**2 > backend.driver.properties.free // 4:
+    while 12 * side**2 > backend.driver.room() // 4 and side > 1:
         side //= 2
     size = side * side * TYPES[type].itemsize
     y, x, w = (Tensor(i, (side, side), type) for i in range(3))
