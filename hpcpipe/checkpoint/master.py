@@ -27,6 +27,7 @@ from hpcpipe.config import UserError
 FILE = "master.h5"
 FORMAT = 1
 USER_BLOCK = 512
+HIT = 8  # bytes; a digest of other data has more than so many other characters
 LIBVER = ("v108", "v110")  # every HDF5 since 1.10 reads it
 
 Value = str | int | float
@@ -101,8 +102,8 @@ def to_bytes(records: Sequence[ShardRecord], attributes: Mapping[str, Value]) ->
 
 def from_bytes(data: bytes) -> Master:
     """The inverse. Raises ValueError, with the reason, for anything that is not exactly what ``to_bytes`` made."""
-    if len(data) < USER_BLOCK or data[:USER_BLOCK] != _head(data[USER_BLOCK:]):
-        raise ValueError("its bytes do not have the digest noted in its first 512 bytes")
+    if wrong := damage(data):
+        raise ValueError(wrong)
     try:
         with h5py.File(io.BytesIO(data), "r") as f:
             attributes = {str(k): _plain(v) for k, v in f.attrs.items()}
@@ -115,6 +116,23 @@ def from_bytes(data: bytes) -> Master:
         raise ValueError(f"it cannot be read as a master file ({error})") from error
 
 
+def damage(data: bytes) -> str:
+    """What is wrong with the bytes of a master file and where, as the end of a sentence; "" for nothing.
+
+    Other data have another digest in nearly every character, so one that is off in a few was itself hit.
+    """
+    head, body = data[:USER_BLOCK], data[USER_BLOCK:]
+    meant = _head(body)
+    if head == meant:
+        return ""
+    if len(data) < USER_BLOCK:
+        return f"it ends at byte {len(data)}, within the {USER_BLOCK} that hold its digest"
+    off = [at for at, (found, wanted) in enumerate(zip(head, meant, strict=True)) if found != wanted]
+    if len(off) <= HIT:
+        return f"bytes {off[0]} to {off[-1] + 1}, in the text that holds its digest, are not as they were written"
+    return f"bytes {USER_BLOCK} to {len(data)} do not have the digest noted in the first {USER_BLOCK}"
+
+
 def _head(body: bytes) -> bytes:
     """The user block: text that names the file and its digest, padded with spaces."""
     digest = hashlib.blake2b(body, digest_size=32).hexdigest()
@@ -125,12 +143,25 @@ def _head(body: bytes) -> bytes:
 def _show(f: Any, path: str, name: str, tensor: layout.Tensor, files: Sequence[str]) -> None:
     """One virtual dataset; a missing shard shows as NaN (integers: their largest value), never as plausible zeros."""
     dtype = np.dtype(tensor.dtype)
-    virtual = h5py.VirtualLayout(tensor.shape, dtype)
+    plan, link = h5py.h5p.create(h5py.h5p.DATASET_CREATE), h5py.h5p.create(h5py.h5p.LINK_CREATE)
+    plan.set_layout(h5py.h5d.VIRTUAL)
     for part in tensor.parts:
-        box = tuple(slice(s, s + n) for s, n in zip(part.start, part.extent, strict=True))
-        virtual[box] = h5py.VirtualSource(files[part.shard], part.path, shape=part.extent)
-    fill = np.nan if dtype.kind == "f" else np.iinfo(dtype).max
-    f.create_virtual_dataset(path, virtual, fillvalue=fill).attrs["name"] = name
+        box, source = h5py.h5s.create_simple(tensor.shape), h5py.h5s.create_simple(part.extent)
+        box.select_hyperslab(part.start, part.extent)
+        plan.set_virtual(box, files[part.shard].encode(), part.path.encode(), source)
+    plan.set_fill_value(np.array([np.nan if dtype.kind == "f" else np.iinfo(dtype).max], dtype))
+    link.set_create_intermediate_group(True)
+    kind, space = h5py.h5t.py_create(dtype, logical=True), h5py.h5s.create_simple(tensor.shape)
+    explain(h5py.h5d.create(f.id, path.encode(), kind, space, plan, link), {"name": name})
+
+
+def explain(dataset: Any, values: Mapping[str, Any]) -> None:
+    """Attributes of a new dataset, by its low-level identifier: there are many, and h5py first looks for each."""
+    for key, value in values.items():
+        array = np.asarray(value, h5py.string_dtype() if isinstance(value, str) else None)
+        space = h5py.h5s.create_simple(array.shape)
+        attribute = h5py.h5a.create(dataset, key.encode(), h5py.h5t.py_create(array.dtype, logical=True), space)
+        attribute.write(array, mtype=h5py.h5t.py_create(array.dtype))
 
 
 def _tabulate(group: Any, records: Sequence[ShardRecord]) -> None:

@@ -90,10 +90,12 @@ class Checkpoint:
     def verify(self, shards: Sequence[int] | None = None, deep: bool = True) -> list[str]:
         """Problems, a sentence each, of these shards (default all; ranks can share the work); none = all is right.
 
-        Every byte is read and summed; without ``deep`` only that the files are there and have their sizes.
+        Every byte is read and summed, those of the master once more where all shards are asked for; without ``deep``
+        only that the files are there and have their sizes.
         """
         numbers = range(len(self.shards)) if shards is None else shards
-        return [sentence for number in numbers for sentence in self._problems(number, deep)]
+        found = self._changed() if deep and shards is None else []
+        return found + [sentence for number in numbers for sentence in self._problems(number, deep)]
 
     def read(
         self,
@@ -143,7 +145,20 @@ class Checkpoint:
         except OSError as error:
             raise UserError(f"checkpoint: {file}, needed for {title}, cannot be read: {error.strerror}") from error
         if extent == part.extent and crc != part.crc32:
-            raise UserError(f"checkpoint: {file} is damaged: {title} has CRC {crc:08x} instead of {part.crc32:08x}")
+            end = part.offset + shard.nbytes(part, dtype.itemsize)
+            raise UserError(
+                f"checkpoint: {file} is damaged in bytes {part.offset} to {end}: "
+                f"{title} has CRC {crc:08x} instead of {part.crc32:08x}"
+            )
+
+    def _changed(self) -> list[str]:
+        """A sentence when the master on the disk is no longer whole: it was when this was opened."""
+        file = self.path / master.FILE
+        try:
+            wrong = master.damage(file.read_bytes())
+        except OSError as error:
+            return [f"{file} cannot be read: {error.strerror or error}"]
+        return [f"{file} is damaged: {wrong}"] if wrong else []
 
     def _problems(self, number: int, deep: bool) -> list[str]:
         record = self.shards[number]

@@ -12,6 +12,7 @@ import hashlib
 import os
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,103 @@ import numpy as np
 from hpcpipe.checkpoint.layout import Part
 
 BLOCK = 1 << 20
+POLYNOMIAL = 0xEDB88320  # of CRC-32, x^32 left out, its first coefficient the lowest bit
 
 
-def write_at(fd: int, data: memoryview, offset: int) -> int:
-    """Write all of ``data`` (bytes) at ``offset``, block by block while each is in the cache; returns its CRC-32."""
-    crc = 0
-    for at in range(0, len(data), BLOCK):
-        block = data[at : at + BLOCK]
-        crc = zlib.crc32(block, crc)
+class Sums:
+    """CRC-32 of each MiB of a file, from those of what was written to it: no byte is summed twice or read again.
+
+    What nobody wrote is zero, and nothing may be written twice.
+    """
+
+    def __init__(self) -> None:
+        self.written: dict[int, list[tuple[int, int, int]]] = {}  # number of the MiB -> (offset in it, bytes, CRC-32)
+
+    def add(self, offset: int, size: int, crc: int) -> None:
+        """``size`` bytes from ``offset`` on, all within one MiB."""
+        self.written.setdefault(offset // BLOCK, []).append((offset % BLOCK, size, crc))
+
+    def blocks(self, size: int) -> list[int]:
+        """Of a file of so many bytes."""
+        return [self._block(number, min(BLOCK, size - number * BLOCK)) for number in range(-(-size // BLOCK))]
+
+    def _block(self, number: int, size: int) -> int:
+        crc, end = 0, 0
+        for offset, count, part in (*sorted(self.written.get(number, [])), (size, 0, 0)):
+            if offset < end:
+                raise ValueError(f"byte {number * BLOCK + offset} was written twice")
+            crc = combined(zlib.crc32(bytes(offset - end), crc), part, count)
+            end = offset + count
+        return crc
+
+
+def combined(first: int, second: int, size: int) -> int:
+    """The CRC-32 of two stretches of bytes, one after the other, from those of each; the second has ``size`` bytes.
+
+    A CRC is a polynomial over bits modulo POLYNOMIAL; behind it come 8 x size bits: it is multiplied by x^(8 size)
+    (Adler's crc32_combine in zlib).
+    """
+    if first == 0 or size == 0:
+        return first ^ second
+    power, n = 3, size
+    while n:
+        if n & 1:
+            first = _times(POWERS[power % len(POWERS)], first)
+        n, power = n >> 1, power + 1
+    return first ^ second
+
+
+def _times(a: int, b: int) -> int:
+    """The product of two polynomials; their first coefficient is the highest bit."""
+    product = 0
+    while a:
+        if a & 1 << 31:
+            product ^= b
+        a = a << 1 & 0xFFFFFFFF
+        b = b >> 1 ^ POLYNOMIAL if b & 1 else b >> 1
+    return product
+
+
+def _powers() -> tuple[int, ...]:
+    """x to the 1, 2, 4, 8, ...; after 32 of them they come again."""
+    found = [1 << 30]
+    while len(found) < 32:
+        found.append(_times(found[-1], found[-1]))
+    return tuple(found)
+
+
+POWERS = _powers()
+
+
+def write_at(fd: int, data: memoryview, offset: int, sums: Sums | None = None) -> int:
+    """Write all of ``data`` (bytes) at ``offset``, block by block while each is in the cache; returns its CRC-32.
+
+    The disk begins with a block while the next one is summed: otherwise all of it would wait for the sync.
+    """
+    crc, at = 0, 0
+    while at < len(data):
+        where = offset + at
+        block = data[at : at + BLOCK - where % BLOCK]
+        part = zlib.crc32(block)
+        crc = combined(crc, part, len(block))
+        if sums is not None:
+            sums.add(where, len(block), part)
         done = 0
         while done < len(block):
-            done += os.pwrite(fd, block[done:], offset + at + done)
+            wrote = os.pwrite(fd, block[done:], where + done)
+            if wrote == 0:  # a file system may; asking it again and again would not end
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            done += wrote
+        if len(block) == BLOCK:
+            _start_writing(fd, where)
+        at += len(block)
     return crc
+
+
+def _start_writing(fd: int, offset: int) -> None:
+    """Linux begins to write out what it is told that nobody needs; elsewhere it may be forgotten, or nothing."""
+    with suppress(AttributeError, OSError):
+        os.posix_fadvise(fd, offset, BLOCK, os.POSIX_FADV_DONTNEED)
 
 
 def sync_folder(folder: Path) -> None:
@@ -44,11 +130,6 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(fd)
-
-
-def block_sums(fd: int) -> list[int]:
-    """CRC-32 of each MiB of an open file."""
-    return [zlib.crc32(block) for _, block in _blocks(fd)]
 
 
 def digest(blocks: Sequence[int]) -> str:

@@ -42,6 +42,14 @@ class Piece(NamedTuple):
     array: np.ndarray[Any, Any]
 
 
+class _Out(NamedTuple):
+    """A shard being written: its file, the sums of what is in it, the HDF5 paths that are taken."""
+
+    fd: int
+    sums: shard.Sums
+    paths: set[str]
+
+
 def step_folder(out: Path | str, step: int) -> Path:
     """Where the checkpoint of a step lives: out/step_00000020."""
     return Path(out) / f"step_{step:08d}"
@@ -108,15 +116,18 @@ def discard(folder: Path) -> None:
         folder.rmdir()
 
 
-def prune(out: Path | str, keep: int, deep: bool = True, every: int = 0) -> list[str]:
+def prune(out: Path | str, keep: int, deep: bool = True, every: int = 0, committed: Path | None = None) -> list[str]:
     """Keep the newest ``keep`` complete checkpoints (0 = all) and remove half-written folders older than the newest.
 
-    Steps that are multiples of ``every`` stay, too.
+    Steps that are multiples of ``every`` stay, too. The newest is the folder ``committed`` by the caller where it is
+    given: those of later steps, which a run that went back has passed over as damaged, do not count and stay.
 
     Nothing is removed before the newest is proven complete: with ``deep`` every byte is read and summed, without it the
-    files must have their sizes (for callers that have verified it already). Returns sentences on what is in the way.
+    files must have their sizes (for callers that have just written it). Returns sentences on what is in the way.
     """
     found = read.complete(out)
+    if committed is not None:
+        found = [f for f in found if read.number(f) <= read.number(committed)]
     if not found:
         return []
     try:
@@ -125,8 +136,8 @@ def prune(out: Path | str, keep: int, deep: bool = True, every: int = 0) -> list
         wrong = [str(error)]
     if wrong:
         return [f"checkpoint: nothing older than {found[-1].name} is removed because it is not good: {wrong[0]}"]
-    folders = read.step_folders(out)
-    half = [f for f in folders[: folders.index(found[-1])] if f not in found]
+    newest = read.number(found[-1])
+    half = [f for f in read.step_folders(out) if read.number(f) < newest and _unfinished(f)]
     old = found[:-keep] if keep else []
     for folder in half + [f for f in old if not every or read.number(f) % every]:
         _remove(folder)
@@ -168,6 +179,14 @@ def _remove(folder: Path) -> None:
         discard(folder)
 
 
+def _unfinished(folder: Path) -> bool:
+    """Whether it surely has no master: one that cannot be looked into may hold a good checkpoint."""
+    try:
+        return master.FILE not in [f.name for f in folder.iterdir()]
+    except OSError:
+        return False
+
+
 def _names(folder: Path) -> list[str]:
     try:
         return [f.name for f in folder.iterdir()]
@@ -176,8 +195,11 @@ def _names(folder: Path) -> list[str]:
 
 
 def _free_name(folder: Path, index: int) -> str:
-    """shard_0003.h5, or shard_0003.1.h5, ... beside a committed checkpoint, whose files are not to be touched."""
-    names, stem, turn = _names(folder), f"shard_{index:04d}", 0
+    """shard_0003.h5, or shard_0003.1.h5, ... beside a committed checkpoint, whose files are not to be touched.
+
+    OSError where the folder cannot be listed: what cannot be seen might be overwritten.
+    """
+    names, stem, turn = [f.name for f in folder.iterdir()], f"shard_{index:04d}", 0
     name = f"{stem}.h5"
     while master.FILE in names and name in names:
         turn += 1
@@ -206,22 +228,23 @@ def _write(part: Path, index: int, pieces: Iterable[Piece]) -> tuple[list[Entry]
     """
     headers, entries = Headers(), []
     fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+    out = _Out(fd, shard.Sums(), set())
     try:
         with h5py.File(headers, "w", libver=master.LIBVER, alignment_threshold=LARGE, alignment_interval=PAGE) as file:
             file.attrs["about"] = "part of a checkpoint: open master.h5 beside this file"
             file.attrs["shard"] = index
             for piece in pieces:
-                entries.append(_write_piece(file, fd, piece))
+                entries.append(_write_piece(file, out, piece))
         for offset, data in headers.written():
-            shard.write_at(fd, data, offset)
+            shard.write_at(fd, data, offset, out.sums)
         os.ftruncate(fd, headers.size)
         os.fsync(fd)
-        return entries, shard.block_sums(fd), headers.size
+        return entries, out.sums.blocks(headers.size), headers.size
     finally:
         os.close(fd)
 
 
-def _write_piece(file: Any, fd: int, piece: Piece) -> Entry:
+def _write_piece(file: Any, out: _Out, piece: Piece) -> Entry:
     """One contiguous dataset, allocated at once and never filled by HDF5, with the attributes that explain it."""
     array = np.ascontiguousarray(piece.array)
     array = array.astype(array.dtype.newbyteorder("<"), copy=False)
@@ -230,8 +253,9 @@ def _write_piece(file: Any, fd: int, piece: Piece) -> Entry:
             f"checkpoint: {piece.name} of shape {list(piece.shape)} has a piece {array.shape} {array.dtype}"
         )
     path = layout.path(piece.kind, piece.name)
-    if path in file:  # a second box of the same tensor
+    if path in out.paths:  # a second box of the same tensor
         path += "@" + ",".join(map(str, piece.start))
+    out.paths.add(path)
     plan, link = h5py.h5p.create(h5py.h5p.DATASET_CREATE), h5py.h5p.create(h5py.h5p.LINK_CREATE)
     plan.set_layout(h5py.h5d.CONTIGUOUS)
     plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -240,14 +264,13 @@ def _write_piece(file: Any, fd: int, piece: Piece) -> Entry:
     link.set_create_intermediate_group(True)
     kind, space = h5py.h5t.py_create(array.dtype), h5py.h5s.create_simple(array.shape)
     try:
-        dataset = h5py.Dataset(h5py.h5d.create(file.id, path.encode(), kind, space, plan, link))
+        dataset = h5py.h5d.create(file.id, path.encode(), kind, space, plan, link)
     except ValueError as error:  # a disk error, too, may come as one
         raise RuntimeError(f"HDF5 cannot create {path}: {error}") from error
-    offset = dataset.id.get_offset()
-    crc = shard.write_at(fd, array.reshape(-1).view(np.uint8).data, offset)
+    offset = dataset.get_offset()
+    crc = shard.write_at(out.fd, array.reshape(-1).view(np.uint8).data, offset, out.sums)
     about = {"name": piece.name, "kind": piece.kind, "shape": list(piece.shape), "start": list(piece.start)}
-    for key, value in {**about, "crc32": np.uint32(crc)}.items():
-        dataset.attrs[key] = value
+    master.explain(dataset, {**about, "crc32": np.uint32(crc)})
     return Entry(
         name=piece.name,
         kind=piece.kind,
