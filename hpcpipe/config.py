@@ -86,6 +86,9 @@ class OptimizerConfig:
     early: bool | None = value(
         None, "update before the global norm is known, again where it clips; absent = where it gains", result=False
     )
+    shard: bool = value(
+        False, "copies of the model divide the moments among them: fewer bytes per rank, the same bits", result=False
+    )
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,10 @@ class CheckpointConfig:
     every: int = value(0, "steps between checkpoints; 0 = only at the end", least=0, result=False)
     keep: int = value(2, "newest checkpoints kept; 0 = all", least=0, result=False)
     keep_every: int = value(0, "steps whose multiples are kept as well; 0 = none", least=0, result=False)
+    mirror: str = value(
+        "", "folder of this run alone for a second copy of each shard, made on another node ({host}: its name)",
+        result=False,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -274,6 +281,8 @@ def _agree(config: Config, source: str) -> None:
         )
     if train.compute != "float32" and train.activations == "bfloat16":
         raise UserError(f"{source}: train.compute = {train.compute} keeps bfloat16 anyway; leave train.activations out")
+    if config.checkpoint.mirror and config.checkpoint.mirror == config.out:
+        raise UserError(f"{source}: checkpoint.mirror is out, {config.out}; a second copy needs a folder of its own")
     try:
         microbatches(train, max(1, pipeline.replicas))
     except UserError as error:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from hpcpipe import measure, model, resume, seat
-from hpcpipe.checkpoint.layout import KINDS
+from hpcpipe.checkpoint.layout import KINDS, Index
 from hpcpipe.checkpoint.lock import Lock
 from hpcpipe.comm import clock
 from hpcpipe.comm.link import Link
@@ -24,6 +24,7 @@ from hpcpipe.config import Config, UserError, digest, grid
 from hpcpipe.data import TOKENIZER, Dataset
 from hpcpipe.planner.plan import Plan, plan, resolve
 from hpcpipe.progress import DONE, Progress
+from hpcpipe.runtime import share
 from hpcpipe.runtime.culprit import Crew
 from hpcpipe.runtime.executor import Bound, Executor, Stage
 from hpcpipe.runtime.optimizer import AdamW
@@ -35,6 +36,7 @@ from hpcpipe.schedule.timeline import Event, Timeline, draw
 
 T = TypeVar("T")
 TAGS_OF_EVALUATION = MAX_TAG + 1
+REGIONS = "PARAM", "MOMENT1", "MOMENT2"  # of the arena, for the kinds of a checkpoint
 
 
 class Job:
@@ -60,7 +62,7 @@ class Job:
         self.shift = clock.shift(link)
         self.locks: list[Lock] = []  # on the run's folder, by rank 0
         self._together(self._open_folder)
-        self.resumed, self.warnings = resume.find(self.out, link)
+        self.resumed, self.warnings = resume.find(self.out, link, config.checkpoint.mirror)
         self.warnings += [lock.warning for lock in self.locks if lock.warning]
         self.step = self.resumed.step if self.resumed else 0
         self.loss = float(self.resumed.attributes["loss"]) if self.resumed else float("nan")
@@ -159,7 +161,10 @@ class Job:
         # Of every parameter one rank tells its squares and saves it: the one that holds it in the first copy.
         first = {name for s in mine.stages if s < depth and not self.replica for name in p.stages[s].layer.params}
         self.counted = [name for name in mine.params.owned if name in first and name not in p.ties]
-        self.optimizer = AdamW(self.executor, mine.params, config.optimizer, p.names, self.counted)
+        # Where the copies of the model divide the moments, every rank saves what it owns.
+        self.own = share.spans(mine.params, {stage: link.rank for stage, link in self.copies.items()})
+        own = self.own, self.spread if mine.params.shards > 1 else None
+        self.optimizer = AdamW(self.executor, mine.params, config.optimizer, p.names, self.counted, *own)
         # Of every microbatch of every copy: what the loader fills.
         self.inputs: list[tuple[int, int, Any, Any, Any]] = []
         micros = mine.memory.resident["INPUT"][1] // mine.memory.stride if mine.memory.stride else 0
@@ -190,19 +195,29 @@ class Job:
         if self.resumed:
             resume.check_same_model(self.resumed, {name: specs[name].shape for name in self.plan.names})
         for name in self.mine.params.owned:
-            owner, views = self.plan.ties.get(name, name), self.views(name)
+            owner, at = self.plan.ties.get(name, name), self.mine.params.param[name]
+            values = self.executor.array("PARAM", self.backend.real * at, self.mine.params.shapes[name])
             if self.resumed is None:
-                views[0][...] = model.initial(owner, specs[owner], self.config.seed)
-            else:
-                for kind, view in zip(KINDS, views, strict=True):
-                    self.backend.load(view, partial(self.resumed.read, kind, owner))
+                values[...] = model.initial(owner, specs[owner], self.config.seed)
+                continue
+            self.backend.load(values, partial(self.resumed.read, "parameter", owner))
+            for kind, start, view in self.owned(name):
+                if kind != "parameter":
+                    box = [slice(s, s + n) for s, n in zip(start, view.shape, strict=True)]
+                    self.backend.load(view, partial(self.resumed.read, kind, owner, slices=box))
         self.optimizer.refresh()
 
-    def views(self, name: str) -> tuple[Any, Any, Any]:
-        """Parameter, first and second moment of one tensor, in place."""
-        start, shape = self.backend.real * self.mine.params.param[name], self.mine.params.shapes[name]
-        view = self.executor.array
-        return view("PARAM", start, shape), view("MOMENT1", start, shape), view("MOMENT2", start, shape)
+    def owned(self, name: str) -> Iterator[tuple[str, Index, Any]]:
+        """What is this rank's own of a tensor: (kind, where it begins in the tensor, the values in place), by boxes."""
+        for start, extent, *at in share.boxes(self.mine.params, self.own, name):
+            for kind, region, offset in zip(KINDS, REGIONS, (*at, at[1]), strict=True):
+                yield kind, start, self.executor.array(region, self.backend.real * offset, extent)
+
+    def spread(self) -> None:
+        """All copies of the model have the parameters of which each has updated its share."""
+        for stage, mates in self.mates.items():
+            with self.where.waiting(f"the parameters of the other copies of stage {stage}", LAST, mates):
+                self.reducer.spread(stage)
 
     def _measure_peak(self) -> float:
         """FLOP/s of matrix products of all ranks at once."""

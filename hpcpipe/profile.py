@@ -33,7 +33,7 @@ OPTIMIZER = {
     "keep": "rest of the update",
     "take_back": "update taken back",
 }
-REDUCER = {"tied": "sum copies of {}", "tie": "tie {}"}
+REDUCER = {"tied": "sum copies of {}", "tie": "tie {}", "spread": "parameters of the copies of stage {}"}
 
 
 class Timed:

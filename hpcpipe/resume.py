@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hpcpipe.checkpoint import read
+from hpcpipe.checkpoint import mirror, read
 from hpcpipe.checkpoint.read import Checkpoint
 from hpcpipe.comm.link import Link
 from hpcpipe.config import Config, UserError, loads, results_digest
 
+MASTER = -1  # among the numbers of shards
 
-def find(out: Path, link: Link) -> tuple[Checkpoint | None, list[str]]:
+
+def find(out: Path, link: Link, copies: str = "") -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint to continue from, None in a new folder, and a sentence for each that had to be passed over.
 
-    Each rank reads and sums its share of the shards. A folder whose checkpoints are all damaged is an error:
-    starting over is for the user to decide.
+    Each rank reads and sums its share of the shards; in the place of a bad one comes its copy from ``copies``
+    (checkpoint.mirror), if that is good. A folder whose checkpoints are all damaged is an error: starting over is for
+    the user to decide.
     """
     warnings: list[str] = []
     for folder in link.bcast(list(reversed(read.complete(out))) if link.rank == 0 else []):
-        wrong = [sentence for part in link.bcast(link.gather(_problems(folder, link)) or []) for sentence in part]
+        found = _problems(folder, link)
+        if found and copies:
+            warnings += _restore(folder, link, mirror.place(copies, link.hostname), sorted({n for n, _ in found}))
+            found = _problems(folder, link)
+        wrong = [sentence for _, sentence in found]
         if not wrong:
             return Checkpoint.open(folder), warnings
         more = f" (and {len(set(wrong)) - 1} more problems)" if len(set(wrong)) > 1 else ""
@@ -28,12 +35,35 @@ def find(out: Path, link: Link) -> tuple[Checkpoint | None, list[str]]:
     return None, warnings
 
 
-def _problems(folder: Path, link: Link) -> list[str]:
+def _problems(folder: Path, link: Link) -> list[tuple[int, str]]:
+    """(number of the shard, MASTER for the master; what is wrong with it): what all ranks have found together."""
+    mine: list[tuple[int, str]] = []
     try:
         checkpoint = Checkpoint.open(folder)
     except UserError as error:
-        return [str(error)]
-    return checkpoint.verify(range(link.rank, len(checkpoint.shards), link.size))
+        mine.append((MASTER, str(error)))
+    else:
+        for number in range(link.rank, len(checkpoint.shards), link.size):
+            mine += [(number, sentence) for sentence in checkpoint.verify([number])]
+    return [problem for part in link.bcast(link.gather(mine) or []) for problem in part]
+
+
+def _restore(folder: Path, link: Link, place: Path, bad: list[int]) -> list[str]:
+    """Puts good copies in the place of bad shards: of those who have one, the first rank does it. Says which."""
+    shards = [] if MASTER in bad else Checkpoint.open(folder).shards
+    files = {n: (shards[n].file, shards[n].digest) for n in bad if 0 <= n < len(shards)}
+    have = {n for n, (file, digest) in files.items() if mirror.good(place / folder.name / file, digest)}
+    everybody = link.bcast(link.gather(have) or [])
+    mine = []
+    for n, (file, digest) in files.items():
+        if next((rank for rank, theirs in enumerate(everybody) if n in theirs), None) == link.rank:
+            source = place / folder.name / file
+            try:
+                mirror.copy(source, folder / file, digest)
+                mine.append(f"checkpoint: {folder / file} was bad and is again what its copy {source} is")
+            except UserError as problem:
+                mine.append(str(problem))
+    return [sentence for part in link.bcast(link.gather(mine) or []) for sentence in part]
 
 
 def check_same_model(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:

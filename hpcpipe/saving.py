@@ -2,8 +2,8 @@
 
 Parameters and moments change only at an update. So a save is a thread that writes them out of the arena, and an update
 that comes before it is done waits for it: nothing is copied, and where a step takes longer than a write nothing waits.
-Each rank of the first replica writes its share; when all have, rank 0 commits, which makes it a checkpoint, and only
-then is it called saved.
+Each rank of the first replica writes its share, or every rank where the copies divide the moments; when all have, rank
+0 commits, which makes it a checkpoint, and only then is it called saved.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Thread
 from time import perf_counter
 
-from hpcpipe.checkpoint import origin, write
+from hpcpipe.checkpoint import mirror, origin, write
 from hpcpipe.checkpoint.layout import KINDS, ShardRecord
 from hpcpipe.checkpoint.master import Value
 from hpcpipe.config import UserError, to_toml
@@ -29,8 +30,8 @@ class Saver:
         self.job = job
         self.pending: _Save | None = None
         self.origin = _origin(job)
-        # What this rank wrote last, from when to when: of two saves at most, a share and a commit each.
-        self.times: deque[tuple[str, float, float]] = deque(maxlen=4)
+        # What this rank wrote last, from when to when: of two saves at most, a share, a commit and copies each.
+        self.times: deque[tuple[str, float, float]] = deque(maxlen=6)
         job.hold, job.written = self.hold, self._written
 
     def save(self, step: int, loss: float) -> None:
@@ -45,7 +46,7 @@ class Saver:
 
     def poll(self, written: int) -> None:
         """After a step: ``written`` ranks have written their share, as all know; when all have, it is committed."""
-        if self.pending is not None and not self.pending.gathered and written == len(self.job.plan.ranks):
+        if self.pending is not None and not self.pending.gathered and written == writers(self.job):
             self.pending.gather()
         if self.pending is not None and self.pending.over:
             self.pending.tell()
@@ -78,22 +79,25 @@ class _Save:
         self.waited, self.began = 0.0, perf_counter()  # seconds that steps have stood still for it, and its start
         self.bytes = 0
         self.committer: Thread | None = None
+        self.copier: Thread | None = None
+        self.copied: list[str] = []  # what went wrong with second copies
         self.lines: list[str] = []
         if job.link.rank == 0:
             self.lines += write.make_room(job.out, _bytes(job))
         job.executor.settle()  # a device may still be at the last update
         with job.where.waiting(self.what, patient=True):
             job.link.barrier()  # nobody writes before there is room
-        self.writer = Thread(target=self._write, name="checkpoint", daemon=True) if job.replica == 0 else None
+        writes = job.link.rank < writers(job)
+        self.writer = Thread(target=self._write, name="checkpoint", daemon=True) if writes else None
         if self.writer:
             self.writer.start()
         self.waited = perf_counter() - self.began
 
-    # --- on every rank of the first replica
+    # --- on every rank that writes
 
     def _write(self) -> None:
         with self._heard("write"):
-            self.record = write.write_shard(self.folder, self.job.place, _pieces(self.job))
+            self.record = write.write_shard(self.folder, self.job.link.rank, _pieces(self.job))
 
     @contextmanager
     def _heard(self, what: str) -> Iterator[None]:
@@ -133,7 +137,29 @@ class _Save:
             self.bytes = sum(record["bytes"] for record in records)
             self.committer = Thread(target=self._commit, args=(records,), name="commit", daemon=True)
             self.committer.start()
+        if self.job.config.checkpoint.mirror:
+            good = found is not None and not self.error
+            self._copy([(record["file"], record["digest"]) for record in records] if good else [])
         self.waited += perf_counter() - begin
+
+    def _copy(self, files: list[tuple[str, str]]) -> None:
+        """Begins to copy the shards that are this rank's to copy, of those (file, digest) that rank 0 tells."""
+        job = self.job
+        with job.where.waiting(self.what, patient=True):
+            files = job.link.bcast(files)
+        own = [files[writer] for writer in range(len(files)) if mirror.holder(job.hosts, writer) == job.link.rank]
+
+        def keep() -> None:
+            begin = perf_counter()
+            try:
+                self.copied += mirror.keep(self.folder, self._place, own)
+            except Exception as problem:
+                self.copied.append(f"copies of {self.what} failed: {type(problem).__name__}: {problem}")
+            self.times.append((f"copy {self.folder.name}", begin, perf_counter()))
+
+        if own:
+            self.copier = Thread(target=keep, name="copy", daemon=True)
+            self.copier.start()
 
     # --- on rank 0
 
@@ -171,6 +197,22 @@ class _Save:
             self.tell()
         with self.job.where.waiting(self.what, patient=True):
             self.job.unsaved = self.job.link.bcast(self.error)
+        if self.job.config.checkpoint.mirror:
+            self._end_copies()
+
+    def _end_copies(self) -> None:
+        """Waits for the copies; what was copied of checkpoints that are no longer kept goes with them."""
+        with self.job.where.waiting(f"the copies of {self.what}", patient=True):
+            if self.copier is not None:
+                self.copier.join()
+                mirror.tidy(self.job.out, self._place)
+            told = self.job.link.gather(self.copied) or []
+        for line in (line for part in told for line in part):
+            self.job.say(line)
+
+    @property
+    def _place(self) -> Path:
+        return mirror.place(self.job.config.checkpoint.mirror, self.job.link.hostname)
 
 
 def _bytes(job: Job) -> int:
@@ -180,10 +222,16 @@ def _bytes(job: Job) -> int:
     return len(KINDS) * job.backend.real * elements
 
 
+def writers(job: Job) -> int:
+    """How many ranks write: the first so many."""
+    return job.link.size if job.mine.params.shards > 1 else len(job.plan.ranks)
+
+
 def _pieces(job: Job) -> Iterator[write.Piece]:
-    for name in job.counted:
-        for kind, view in zip(KINDS, job.views(name), strict=True):
-            yield write.Piece(name, kind, view.shape, (0,) * view.ndim, job.backend.host(view))
+    shared = [name for name in job.mine.params.owned if name not in job.plan.ties]
+    for name in shared if job.mine.params.shards > 1 else job.counted:
+        for kind, start, view in job.owned(name):
+            yield write.Piece(name, kind, job.mine.params.shapes[name], start, job.backend.host(view))
 
 
 def _origin(job: Job) -> dict[str, Value]:

@@ -45,6 +45,7 @@ class StagePlan:
     layer: Any
     recording: Recording
     cost: Cost
+    shards: int = 1  # ranks that divide its moments
 
     def together(self, config: Config) -> StagePlan:
         """The stage with its W done within its B."""
@@ -62,7 +63,7 @@ class StagePlan:
 
     def state(self, real: int) -> int:
         """Bytes of parameters, gradients and moments."""
-        return slots.Slot(self.layer, self.recording).state(real)
+        return slots.Slot(self.layer, self.recording).state(real, self.shards)
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def _plan(
     flying = slots.in_flight(schedules.draft(config.pipeline, shape, micros)) if limit < inf else []
 
     def laid_out(room: Sequence[float]) -> Plan:
-        parts = _stages(config, shape, flying, device, prices, real, room)
+        parts = _stages(config, shape, flying, device, prices, real, room, copies if config.optimizer.shard else 1)
         message = device.latency + slots.message(config, real) / device.link
         costs = _costs([part.cost for part in parts] * shape.chains, message)
         held = [part.held(real) for part in parts]
@@ -284,15 +285,16 @@ def _stages(
     prices: Mapping[str, Cost],
     real: int,
     room: Sequence[float],
+    shards: int,
 ) -> tuple[StagePlan, ...]:
     """The cut; ``room`` are the bytes that each rank's state and activations may take, ``flying`` the microbatches that
-    each stage holds at once (none where memory is no matter).
+    each stage holds at once (none where memory is no matter), ``shards`` the ranks that divide its moments.
     """
     whole = slots.chain(config)
     alone, names = slots.alone(config, whole), list(whole.children)
     found = prices or slots.roofline(alone, device)
     costs = [found[slots.kind(name)].total for name in names]
-    state = slots.sums(names, {kind: slot.state(real) for kind, slot in alone.items()})
+    state = slots.sums(names, {kind: slot.state(real, shards) for kind, slot in alone.items()})
     held = slots.sums(names, {kind: slot.held(real) for kind, slot in alone.items()})
     limit, where = max(room), shape.placement[: shape.depth]
     taken = [limit - room[rank] if rank not in where[:s] else 0.0 for s, rank in enumerate(where)] if flying else []
@@ -307,7 +309,7 @@ def _stages(
         recording = slots.recorded(config, layer, slots.activation(config) if i else None)
         mine = tuple(names[edges[i] : edges[i + 1]])
         cost = _sum(found[slots.kind(name)] for name in mine) if prices else price(recording, device)
-        parts.append(StagePlan(mine, layer, recording, cost))
+        parts.append(StagePlan(mine, layer, recording, cost, shards))
     return tuple(parts)
 
 
@@ -327,7 +329,8 @@ def _ranks(
 ) -> tuple[RankPlan, ...]:
     held = [tuple(s for s, r in enumerate(schedule.placement) if r == rank) for rank in range(schedule.ranks)]
     depth, copies, gpu = schedule.depth, replicas * schedule.chains, config.device.backend == "cuda"
-    params = [arena.parameters({s: parts[s % depth].layer for s in mine}, ties, copies) for mine in held]
+    shard = config.optimizer.shard
+    params = [arena.parameters({s: parts[s % depth].layer for s in mine}, ties, copies, shard) for mine in held]
     inputs = [arena.input_offsets([(s // depth, parts[s % depth].recording) for s in mine]) for mine in held]
     layouts: dict[int, Layout] = {}
     for rank, mine in enumerate(held):

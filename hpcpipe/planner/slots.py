@@ -17,8 +17,8 @@ from hpcpipe.planner.costs import Cost, Device, price
 from hpcpipe.runtime.arena import size_of
 from hpcpipe.schedule.op import Schedule
 
+WHOLE, MOMENTS = 2, 2  # values and gradients, which every copy of the model has; moments, which copies may divide
 ON_DEVICE = 1 << 27  # logits that a GPU makes at once: its products want thousands of tokens, and it has the memory
-STATE = 4  # values, gradients and two moments
 
 
 class Slot(NamedTuple):
@@ -33,9 +33,13 @@ class Slot(NamedTuple):
         kept = (seen[i] for i, (first, last) in self.recording.lifetimes.items() if first == "F" and last != "F")
         return sum(size_of(t, real) for t in kept if not self._given(t.id))
 
-    def state(self, real: int) -> int:
-        """Bytes of parameters, gradients and moments, and of the bfloat16 copies that products read."""
-        own = STATE * real * sum(int(math.prod(spec.shape)) for spec in self.layer.params.values())
+    def state(self, real: int, shards: int = 1) -> int:
+        """Bytes of parameters, gradients and moments, and of the bfloat16 copies that products read.
+
+        ``shards`` ranks divide the moments.
+        """
+        elements = sum(int(math.prod(spec.shape)) for spec in self.layer.params.values())
+        own = real * (WHOLE * elements + -(-MOMENTS * elements // shards))
         return own + sum(size_of(t, real) for t in self.recording.halves.values())
 
     def _given(self, tensor: int) -> bool:

@@ -52,8 +52,14 @@ class Parameters:
     stage: dict[int, tuple[int, int, int]]  # stage -> start, end of the decayed ones, end (elements, in both buffers)
     tied: dict[str, str]  # the copies on this rank
     ties: dict[str, str]  # all of the model's
-    size: int  # elements of PARAM and of each moment
+    size: int  # elements of PARAM
     grad_size: int
+    shards: int = 1  # ranks that divide the moments of a stage among them
+
+    @property
+    def moments(self) -> int:
+        """Elements of each moment on this rank."""
+        return self.size // self.shards
 
     @property
     def owned(self) -> list[str]:
@@ -61,8 +67,11 @@ class Parameters:
         return [name for name in self.param if self.tied.get(name) not in self.param]
 
 
-def parameters(stages: Mapping[int, object], ties: Mapping[str, str], replicas: int) -> Parameters:
-    """Lays the parameters of a rank's stages (index -> layer) out; a stage's share is a multiple of 16 x replicas."""
+def parameters(stages: Mapping[int, object], ties: Mapping[str, str], replicas: int, shard: bool = False) -> Parameters:
+    """Lays the parameters of a rank's stages (index -> layer) out; a stage's share is a multiple of 16 x replicas.
+
+    ``shard``: the replicas divide the moments.
+    """
     shapes, param, grad, decay, spans = {}, {}, {}, {}, {}
     names = {name for layer in stages.values() for name in layer.params}  # type: ignore[attr-defined]
     tied = {copy: owner for copy, owner in ties.items() if copy in names}
@@ -84,7 +93,7 @@ def parameters(stages: Mapping[int, object], ties: Mapping[str, str], replicas: 
         if owner in names:
             param[copy], grad[copy] = param[owner], at
             at += align(align(math.prod(shapes[copy]), 16), 16 * replicas)
-    return Parameters(shapes, param, grad, decay, spans, tied, dict(ties), size, at)
+    return Parameters(shapes, param, grad, decay, spans, tied, dict(ties), size, at, replicas if shard else 1)
 
 
 def scratch_elements(params: Parameters, replicas: int) -> int:
@@ -250,9 +259,9 @@ def arrange(
     sizes = {
         "PARAM": real * params.size,
         "GRAD": real * params.grad_size,
-        "MOMENT1": real * params.size,
-        "MOMENT2": real * params.size,
-        "BEFORE": real * params.size * early,
+        "MOMENT1": real * params.moments,
+        "MOMENT2": real * params.moments,
+        "BEFORE": real * params.moments * early,
         "HALF": SIZES["h"] * params.size * half,
         "SCALAR": 8 * (HYPER + len(params.owned)),
         "INPUT": inputs[1] * micros,

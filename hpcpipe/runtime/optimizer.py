@@ -7,7 +7,8 @@ comes from one kernel on one rank, and the terms are added in the order of their
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from hpcpipe.backends.null import Call, Tensor
 from hpcpipe.config import OptimizerConfig, TrainConfig
 from hpcpipe.runtime.arena import HYPER, INDEX, Parameters
 from hpcpipe.runtime.executor import Executor
+from hpcpipe.runtime.share import Span, spans
 
 
 def learning_rate(step: int, optimizer: OptimizerConfig, train: TrainConfig) -> float:
@@ -36,7 +38,8 @@ class AdamW:
     """The optimizer of one rank. ``names`` is the order of all owned parameters of the model, the same on all ranks.
 
     ``counted`` are those whose squares this rank tells (None: all but tied copies, which hold their owner's gradient):
-    each name is told once, however many copies of the model there are.
+    each name is told once, however many copies of the model there are. ``own`` is what it updates of each stage (None:
+    all of it), and ``spread``, if that is a share, brings what the other copies have updated.
     """
 
     def __init__(
@@ -46,21 +49,30 @@ class AdamW:
         config: OptimizerConfig,
         names: Sequence[str],
         counted: Collection[str] | None = None,
+        own: Mapping[int, Span] | None = None,
+        spread: Callable[[], None] | None = None,
     ) -> None:
-        self.executor, self.config = executor, config
+        self.executor, self.config, self._spread = executor, config, spread
+        own = own or spans(params, {})
         self.hyper = executor.array("SCALAR", 0, (HYPER,), "d")
         self._norms = self._compile(_norm_calls(params))
         half = executor.memory.resident["HALF"][1] > 0
         self._whole, self._try, self._keep = (
-            self._compile(_update_calls(params, config.weight_decay, kernel, half)) for kernel in UPDATES
+            self._compile(_update_calls(params, own, config.weight_decay, kernel, half and spread is None))
+            for kernel in UPDATES
         )
         self._halve = self._compile(_halve_calls(params)) if half else lambda: None
         self._sums = executor.array("SCALAR", 8 * HYPER, (len(params.owned),), "d")
         mine = [n for n in params.owned if (n not in params.tied if counted is None else n in counted)]
         self._index = np.array([names.index(name) for name in mine], np.intp)
         self._mine = np.array([params.owned.index(name) for name in mine], np.intp)
-        self._values = executor.array("PARAM", 0, (params.size,))
-        self._before = executor.array("BEFORE", 0, (params.size,)) if executor.memory.resident["BEFORE"][1] else None
+        early = own.values() if executor.memory.resident["BEFORE"][1] else ()
+        self._old = [
+            (self._view("PARAM", first, end), self._view("BEFORE", at, at + end - first)) for first, end, at in early
+        ]
+        around = [(params.stage[stage], span) for stage, span in own.items()]
+        others = [part for (start, _, stop), span in around for part in ((start, span.first), (span.end, stop))]
+        self._others = [self._view("GRAD", first, end) for first, end in others if first < end]
 
     def squares(self, into: np.ndarray) -> None:
         """Writes Σ g² of this rank's own parameters to their places in ``into`` (float64, one per name)."""
@@ -77,6 +89,8 @@ class AdamW:
         """p, m, v <- AdamW; the gradient is cleared. ``step`` counts from 0."""
         self._set(step, lr, scale)
         self._whole()
+        self._clear_others()
+        self._gather()
 
     # The same in two halves: the new values before the norm is known, on the guess that nothing is clipped; then, when
     # it is known, the rest, or everything back. Needs memory for the old values (region BEFORE).
@@ -85,19 +99,36 @@ class AdamW:
         """p <- AdamW as if nothing were clipped; moments and gradient stay."""
         self._set(step, lr, 1.0)
         self._try()
+        self._gather()
 
     def keep(self) -> None:
         """The guess was right: m, v <- AdamW, the gradient is cleared. ``update`` is then done, bit for bit."""
         self._keep()
+        self._clear_others()
 
     def take_back(self) -> None:
-        """The guess was wrong: p is again what it was before it."""
-        self._values[...] = self._before
+        """The guess was wrong: p is again what it was before it; of a share, what others own comes with the update."""
+        for values, before in self._old:
+            values[...] = before
         self._halve()
 
     def refresh(self) -> None:
         """The values have come from elsewhere: what is made of them, is made."""
         self._halve()
+
+    def _gather(self) -> None:
+        """After the update of a share: the others' shares, and what is made of all values."""
+        if self._spread is not None:
+            self._spread()
+            self._halve()
+
+    def _clear_others(self) -> None:
+        """The gradient of what other copies update."""
+        for part in self._others:
+            part.fill(0)
+
+    def _view(self, region: str, first: int, end: int) -> Any:
+        return self.executor.array(region, self.executor.backend.real * first, (end - first,))
 
     def _set(self, step: int, lr: float, scale: float) -> None:
         c = self.config
@@ -138,15 +169,17 @@ UPDATES = {
     "adamw_try": ("BEFORE", "PARAM", "GRAD", "MOMENT1", "MOMENT2", "HALF"),
     "adamw_keep": ("GRAD", "MOMENT1", "MOMENT2"),
 }
+MOMENTS = ("MOMENT1", "MOMENT2", "BEFORE")  # regions that hold what is the rank's own
 
 
 def _update_calls(
-    params: Parameters, weight_decay: float, kernel: str, half: bool
+    params: Parameters, own: Mapping[int, Span], weight_decay: float, kernel: str, half: bool
 ) -> list[tuple[Call, dict[int, tuple[str, int]]]]:
     calls, regions = [], UPDATES[kernel]
-    groups = [(s, e, weight_decay) for s, e, _ in params.stage.values()]
-    groups += [(e, t, 0.0) for _, e, t in params.stage.values()]
-    for i, (start, end, decay) in enumerate(group for group in groups if group[1] > group[0]):
+    groups = [(*own[i], s, e, weight_decay) for i, (s, e, _) in params.stage.items()]
+    groups += [(*own[i], e, t, 0.0) for i, (_, e, t) in params.stage.items()]
+    cut = [(max(low, s), min(high, e), at - low, decay) for low, high, at, s, e, decay in groups]
+    for i, (start, end, shift, decay) in enumerate(part for part in cut if part[0] < part[1]):
         n, first = end - start, (len(regions) + 1) * i
         hyper = Tensor(first + len(regions), (HYPER,), "d")
         flat = [
@@ -154,6 +187,7 @@ def _update_calls(
             for j, region in enumerate(regions)
         ]
         buffers = (*flat, hyper)
-        places = {first + j: (region, start) for j, region in enumerate(regions)} | {hyper.id: ("SCALAR", 0)}
+        places = {first + j: (r, start + shift * (r in MOMENTS)) for j, r in enumerate(regions)}
+        places[hyper.id] = ("SCALAR", 0)
         calls.append((Call(kernel, buffers, (n,), (decay,) if kernel != "adamw_keep" else ()), places))
     return calls

@@ -58,6 +58,12 @@ class Reducer:
             self.executor.link.sendrecv(self._view("GRAD", at, n), self._view("SCRATCH", 0, n), peer)
             self._accumulate(("GRAD", at), ("SCRATCH", 0), n)
 
+    def spread(self, index: int) -> None:
+        """Every copy of a stage has updated its share of the parameters; now all of them have all of these."""
+        if index in self.copies:
+            start, _, end = self.params.stage[index]
+            self.copies[index].allgather(None, self._view("PARAM", start, end - start))
+
     def _over_copies(self, link: Link, start: int, end: int) -> None:
         """Everybody sends each other its share of a bucket, adds up its own, and the sums go back to all."""
         unit = 16 * link.size  # a stage's share of the flat buffer is a multiple of this

@@ -71,6 +71,16 @@ def test_copies_of_the_model_sum_in_their_order(data: Path, tmp_path: Path) -> N
         assert (found.losses, found.tensors) == (one.losses, one.tensors)
 
 
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_copies_that_divide_the_moments_have_the_same_bits(data: Path, tmp_path: Path, compute: str) -> None:
+    settings = {**SHORT, "pipeline__replicas": 2, "train__compute": compute, "optimizer__clip": 0.9}
+    one = gpu_run(data, tmp_path / "whole", 2, "llama", 1, **settings)
+    for seed, ranks, early in ((2, 2, False), (3, 4, True)):
+        change = {"optimizer__shard": True, "optimizer__early": early, "checkpoint__every": 1}
+        found = gpu_run(data, tmp_path / f"shares{seed}", ranks, "llama", seed, **settings, **change)
+        assert (found.losses, found.tensors) == (one.losses, one.tensors)
+
+
 def test_two_ranks_share_a_device(data: Path, tmp_path: Path) -> None:
     one = gpu_run(data, tmp_path / "one", 1, "llama", **SHORT)
     with gpus(1) as drivers:

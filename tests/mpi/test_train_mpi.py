@@ -137,6 +137,23 @@ def test_pipeline_times_data_parallel(which, data: Path, tmp_path: Path) -> None
 
 
 @MPIS
+def test_copies_that_divide_the_moments(which, data: Path, tmp_path: Path) -> None:
+    """The bits of copies that hold all; every rank writes its share, and a run without shares goes on from these."""
+    settings = DEEP | {"pipeline__replicas": 2, "optimizer__early": True}
+    one = run(data, tmp_path / "one", 2, "llama", **DEEP, pipeline__replicas=2)
+    config = write_run(data, tmp_path, **settings, optimizer__shard=True, checkpoint__every=4, checkpoint__keep=0)
+    many = ended_well(launch.run(which(), 4, (*PROGRAM, config), timeout=120), tmp_path)
+    assert many.losses == one.losses and many.tensors == one.tensors
+    assert any(m.get("voided") for m in many.metrics)
+    newest = tmp_path / f"out/step_{DEEP['train__steps']:08d}"
+    assert len(list(newest.glob("shard_*.h5"))) == 4
+    newest.rename(tmp_path / "newest")
+    config = write_run(data, tmp_path, **settings)
+    again = ended_well(launch.run(which(), 2, (*PROGRAM, config), timeout=120), tmp_path)
+    assert again.losses[-4:] == one.losses[-4:] and again.tensors == one.tensors
+
+
+@MPIS
 def test_resume_on_another_number_of_ranks(which, ones: dict[str, Result], data: Path, tmp_path: Path) -> None:
     config = write_run(data, tmp_path, "llama", train__steps=STEPS, checkpoint__every=7, checkpoint__keep=0)
     ended_well(launch.run(which(), 3, (*PROGRAM, config), timeout=120), tmp_path)

@@ -243,7 +243,7 @@ def test_which_settings_leave_the_result_alone() -> None:
     same = {name for name, key in SCHEMA.keys.items() if not key.limits.result}
     assert same == {
         *("out", "train.log_every", "eval.every", "eval.microbatches", "checkpoint.every", "checkpoint.keep"),
-        "checkpoint.keep_every",
+        *("checkpoint.keep_every", "checkpoint.mirror", "optimizer.shard"),
         *("pipeline.ranks", "pipeline.replicas", "pipeline.schedule", "pipeline.stages", "pipeline.group"),
         *("pipeline.cut", "pipeline.memory", "pipeline.timeout", "optimizer.early", "device.threads"),
         "device.transport",

@@ -54,15 +54,13 @@ def test_a_product_that_overflows_is_named_with_its_layer(
     assert "start again: the run goes on from its newest checkpoint" in str(caught.value)
 
 
-def test_a_gradient_alone_is_named_on_the_way_back(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gradient_alone_is_named_on_the_way_back(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known: list[str] = []
     begin, squares = AdamW.__init__, AdamW.squares
 
-    def noted(self: AdamW, executor: Any, params: Any, config: Any, names: Any, counted: Any = None) -> None:
+    def noted(self: AdamW, executor: Any, params: Any, config: Any, names: Any, *rest: Any) -> None:
         known.extend(names)
-        begin(self, executor, params, config, names, counted)
+        begin(self, executor, params, config, names, *rest)
 
     def spoilt(self: AdamW, into: np.ndarray) -> None:
         squares(self, into)
