@@ -36,6 +36,7 @@ from hpcpipe.schedule.timeline import Event, Timeline, draw
 
 T = TypeVar("T")
 TAGS_OF_EVALUATION = MAX_TAG + 1
+PRODUCTS = "products.json"  # in the run's folder: the algorithms of a GPU's products
 REGIONS = "PARAM", "MOMENT1", "MOMENT2"  # of the arena, for the kinds of a checkpoint
 
 
@@ -67,8 +68,10 @@ class Job:
         self.step = self.resumed.step if self.resumed else 0
         self.loss = float(self.resumed.attributes["loss"]) if self.resumed else float("nan")
         self._peak = self._measure_peak()
+        self.seat.recall(self.out / PRODUCTS)
         self._together(self._allocate)
-        self.chosen = self.seat.ready(dict.fromkeys((self.pipeline, *self.copies.values())), self.executor.arena)
+        links = dict.fromkeys((self.pipeline, *self.copies.values()))
+        self.chosen = self.seat.ready(links, self.executor.arena, self.out / PRODUCTS)
         self._together(self._load)
         self.progress: Progress | None = None
         self.optimizer_seconds = 0.0  # of norm and update, as predicted

@@ -6,9 +6,12 @@ the link for what lies in its memory. Refusals come before anything is planned, 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from hpcpipe.backends.backend import open_backend
@@ -51,16 +54,30 @@ class Seat:
                 'train.microbatch = 1, train.recompute = "block" or more pipeline stages'
             )
 
-    def ready(self, links: Iterable[Any], arena: Any) -> Sequence[str]:
+    def recall(self, file: Path) -> None:
+        """Before anything is laid out: a run that goes on takes the algorithms that it began with. Collective."""
+        if self.backend.on_device:
+            table: dict[str, Any] = {}
+            if self.link.rank == 0:
+                with suppress(OSError, ValueError):
+                    table = json.loads(file.read_text(encoding="utf-8"))
+            self.backend.adopt(self.link.bcast(table))
+
+    def ready(self, links: Iterable[Any], arena: Any, file: Path) -> Sequence[str]:
         """Before step 0, when all is laid out: on a device, the channels of these links are joined, products take one
-        algorithm on all ranks and everything is captured; what was chosen, in lines. The arena is zeros. Collective.
+        algorithm on all ranks, which ``file`` keeps, and everything is captured; what was chosen, in lines. The arena
+        is zeros. Collective.
         """
         if not self.backend.on_device:
             return ()
         for link in links:
             link.connect()
         tables = _everybody(self.link, self.backend.table())
-        self.backend.adopt({key: value for table in reversed(tables) for key, value in table.items()})
+        common = {key: value for table in reversed(tables) for key, value in table.items()}
+        self.backend.adopt(common)
+        if self.link.rank == 0 and common:
+            with suppress(OSError):  # without it another run may take another algorithm, and other last bits
+                file.write_text(json.dumps(common, indent=1), encoding="utf-8")
         self.backend.capture(arena)
         return self.backend.chosen()
 

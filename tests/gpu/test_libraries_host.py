@@ -6,6 +6,7 @@ are fused in some places only, algorithms are agreed on, and a layout must not c
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +101,24 @@ def test_a_layout_changes_no_bit(data: Path, tmp_path: Path, alone: Any, ranks: 
 
 
 def test_ranks_that_measure_differently_run_the_same(data: Path, tmp_path: Path) -> None:
-    """Two replicas of a model, on devices that find different algorithms fastest."""
-    libraries = Libraries(tmp_path / "cache", ({0: 40, 2: 40}, {0: 40, 1: 40}), "on")
+    """Two replicas of a model, on devices that find different algorithms fastest; and the same run when it goes on."""
+    slow = {0: 40, 2: 40}, {0: 40, 1: 40}
+    libraries = Libraries(tmp_path / "cache", slow, "on")
     go(data, tmp_path / "run", libraries, 2, pipeline__replicas=2)
     first, second = (products.table() for products in libraries.products)
-    (peak,) = (name for name in first if ": tn 32,32,32 " in name)  # each measures its device with it, for itself
-    assert first.pop(peak) != second.pop(peak)
     assert len(first) > 10 and first == second
     assert all(products.tuner.timed > 10 for products in libraries.products)
+    # Elsewhere, without what was measured before: the run's folder says what it began with.
+    later = Libraries(tmp_path / "another", slow[::-1], "on")
+    go(data, tmp_path / "run", later, 2, pipeline__replicas=2, train__steps=5)
+    assert all(products.table() == first for products in later.products)
+    # And where only the cache is left, the settled choice is in it, not each rank's own.
+    for number in range(2):
+        kept = Libraries(tmp_path / f"kept{number}", slow, "on")
+        shutil.copytree(tmp_path / "cache" / str(number), tmp_path / f"kept{number}" / "0")
+        shutil.copytree(tmp_path / "cache" / str(number), tmp_path / f"kept{number}" / "1")
+        go(data, tmp_path / f"run{number}", kept, 2, pipeline__replicas=2)
+        assert all(products.table() == first and not products.tuner.timed for products in kept.products)
 
 
 # Sizes that all recipes take; the first and the last of three blocks stay in bfloat16.

@@ -153,9 +153,8 @@ def check_clean(out: Path) -> None:
     assert len(left) == 2 and number(left[1]) == 40 and {*out.iterdir()} == {*left}
     for folder in left:
         checkpoint = Checkpoint.open(folder)
-        assert {f.name for f in folder.iterdir()} >= {master.FILE, *(s.file for s in checkpoint.shards)}
-        assert list(folder.glob("*.part")) == [] and checkpoint.verify() == []
-        assert same(load(checkpoint), values(int(checkpoint.attributes["seed"])))
+        assert {f.name for f in folder.iterdir()} == {master.FILE, *(s.file for s in checkpoint.shards)}
+        assert checkpoint.verify() == [] and same(load(checkpoint), values(int(checkpoint.attributes["seed"])))
 
 
 def handles() -> int:
@@ -270,8 +269,8 @@ def test_kill_at_random_moments(tmp_path: Path, moments: int) -> None:
         os.close(ready)
         found, _ = newest_good(tmp_path)
         assert found and found.step >= before + saves and same(load(found), values(found.step))
-        there = complete(tmp_path)
-        assert len(there) in (2, 3) and all(Checkpoint.open(f).verify() == [] for f in there)
+        there = complete(tmp_path)  # more than two where it died before an old one was removed
+        assert len(there) >= 2 and all(Checkpoint.open(f).verify() == [] for f in there)
         cut += step_folders(tmp_path) != there
         before = found.step
     assert cut > moments // 5  # it was hit in the midst of a save

@@ -117,7 +117,10 @@ class CupyDriver:
             if error.status == DRIVER_TOO_OLD:
                 raise UserError(no_driver(runtime.runtimeGetVersion(), runtime.driverGetVersion())) from error
             if error.status != NO_DEVICE:
-                raise
+                raise UserError(
+                    f'device.backend = "cuda": CUDA does not start here ({error}); look at nvidia-smi and, on machines '
+                    "with NVSwitch, whether the fabric manager runs"
+                ) from error
             count = 0
         if not 0 <= index < count:
             raise UserError(no_device(index, count))

@@ -167,7 +167,13 @@ class CublasLt:
             self._device_beta()
         for name, mode in zip(("A_SCALE_MODE", "B_SCALE_MODE"), product.scales, strict=True):
             if mode and mode != "SCALAR_32F":  # the default, which older libraries have no name for
-                values[name] = int(getattr(lt.MatmulMatrixScale, mode))
+                known = getattr(getattr(lt, "MatmulMatrixScale", None), mode, None)
+                if known is None:
+                    raise UserError(
+                        f"this cuBLASLt knows no scales {mode}: install a newer nvmath-python and cuBLAS (12.9 or "
+                        "later), or take train.compute = fp8 or bfloat16"
+                    )
+                values[name] = int(known)
         for name, value in values.items():
             self._set(descriptor, name, value)
         layouts = [

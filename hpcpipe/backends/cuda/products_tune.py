@@ -136,6 +136,10 @@ class Tuner:
             self._given[key] = None if row is None else _choice(row)
             if key in self._plans:
                 self._plans[key].choice = self._checked(self._plans[key], self._given[key])
+        common = {key: choice for key, choice in self._given.items() if choice is not None}
+        if self.timing and any(self._kept.get(key) != choice for key, choice in common.items()):
+            write(self.path, self.identity, common)  # what ranks timed differently is settled for later runs, too
+            self._kept |= common
 
     def _name(self, key: str) -> str:
         """A product's name among those of all ranks."""
