@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hpcpipe.backends.definitions import TYPES
 from hpcpipe.backends.kernels import TABLE, digest
 from hpcpipe.backends.null import Call, Tensor
 
@@ -31,13 +32,6 @@ LEVELS = {
     "x86-64-v4": "avx512f avx512bw avx512cd avx512dq avx512vl avx2 fma f16c bmi1 bmi2 abm movbe",
     "x86-64-v3": "avx2 fma f16c bmi1 bmi2 abm movbe",
     "portable": "",
-}
-TYPES: dict[str, np.dtype[Any]] = {
-    "r": np.dtype("float32"),
-    "h": np.dtype("uint16"),
-    "i": np.dtype("int32"),
-    "l": np.dtype("int64"),
-    "d": np.dtype("float64"),
 }
 INDEX = {kernel.name: i for i, kernel in enumerate(TABLE)}
 MAX_ARGS = 16  # HP_MAX_ARGS

@@ -14,6 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+# Element types; "r" may be float64 in the reference.
+TYPES: dict[str, np.dtype[Any]] = {
+    "r": np.dtype("float32"),
+    "h": np.dtype("uint16"),
+    "i": np.dtype("int32"),
+    "l": np.dtype("int64"),
+    "d": np.dtype("float64"),
+}
 
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15

@@ -9,19 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpcpipe.backends.definitions import FUNCTIONS, halve, widen
+from hpcpipe.backends.definitions import FUNCTIONS, TYPES, halve, widen
 from hpcpipe.backends.kernels import Arg
 from hpcpipe.backends.null import Call, Tensor
 
 Array = npt.NDArray[Any]
-
-
-FIXED: dict[str, np.dtype[Any]] = {
-    "h": np.dtype("uint16"),
-    "i": np.dtype("int32"),
-    "l": np.dtype("int64"),
-    "d": np.dtype("float64"),
-}
 
 
 class Place(NamedTuple):
@@ -50,7 +42,7 @@ class ReferenceBackend:
     def __init__(self, dtype: str = "float32") -> None:
         if dtype not in ("float32", "float64"):
             raise ValueError(f"reference backend: dtype is {dtype!r}, choose float32 or float64")
-        self.types: dict[str, np.dtype[Any]] = {**FIXED, "r": np.dtype(dtype)}
+        self.types: dict[str, np.dtype[Any]] = {**TYPES, "r": np.dtype(dtype)}
         self.real = self.types["r"].itemsize
 
     def allocate(self, nbytes: int) -> Array:

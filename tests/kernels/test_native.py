@@ -13,6 +13,7 @@ import pytest
 
 from hpcpipe.backends import cpu
 from hpcpipe.backends.cpu import CpuBackend
+from hpcpipe.backends.definitions import TYPES
 from hpcpipe.backends.kernels import BY_NAME, TABLE, Kernel, bind, evaluate, prototype
 from hpcpipe.backends.null import Call, Tensor
 from tests.kernels.cases import (
@@ -46,7 +47,7 @@ def execute(backend: CpuBackend, name: str, env: Env, values: dict[str, Array | 
     places, top = {}, CANARY
     for t in filter(None, tensors):
         places[t.id] = top
-        top += -(-math.prod(t.shape) * cpu.TYPES[t.type].itemsize // CANARY) * CANARY + CANARY
+        top += -(-math.prod(t.shape) * TYPES[t.type].itemsize // CANARY) * CANARY + CANARY
     handle = backend.compile([call], lambda t: (1, places[t.id]))
     base, work = 2 * CANARY, 2 * CANARY + top
     end = work + handle.work * backend.threads

@@ -13,17 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hpcpipe.backends.cuda.driver import Driver
+from hpcpipe.backends.definitions import TYPES
 
 Array = npt.NDArray[Any]
 PIECE = 16 << 20  # bytes of pinned memory that one copy between host and device goes through
-
-TYPES: dict[str, np.dtype[Any]] = {
-    "r": np.dtype("float32"),
-    "h": np.dtype("uint16"),
-    "i": np.dtype("int32"),
-    "l": np.dtype("int64"),
-    "d": np.dtype("float64"),
-}
 
 
 class Streams:

@@ -15,7 +15,6 @@ from hpcpipe.backends.cuda import (
     peaks,
     products_cublaslt,
 )
-from hpcpipe.backends.cuda.array import TYPES
 from hpcpipe.backends.cuda.backend import CudaBackend, Library
 from hpcpipe.backends.cuda.driver import Driver
 from hpcpipe.backends.cuda.fused_attention import FusedAttention
@@ -23,6 +22,7 @@ from hpcpipe.backends.cuda.launch import Launcher, Site
 from hpcpipe.backends.cuda.products import Products
 from hpcpipe.backends.cuda.products_narrow import NarrowProducts
 from hpcpipe.backends.cuda.recipes import recipe_for
+from hpcpipe.backends.definitions import TYPES
 from hpcpipe.backends.null import Call, Tensor
 from hpcpipe.config import UserError
 
