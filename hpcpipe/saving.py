@@ -168,7 +168,9 @@ class _Save:
         with self._heard("commit"):
             if self.error is None:
                 write.commit(self.folder, records, self.attributes)
-                self.lines += write.prune(self.job.out, keep.keep, deep=False, every=keep.keep_every)
+                self.lines += write.prune(
+                    self.job.out, keep.keep, deep=False, every=keep.keep_every, committed=self.folder
+                )
         if self.error:
             write.discard(self.folder)
 

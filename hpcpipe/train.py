@@ -26,26 +26,28 @@ def train(config: Config, link: Link, profile: str | None = None) -> float:
 
     ``profile`` is the file for the trace of the last step; empty for one in the run's folder, None for no trace.
     """
-    job = Job(config, link)
-    try:
-        return _train(job, Profile(job, profile))
-    finally:
-        job.release()
+    with signals(signal.SIGTERM, signal.SIGUSR1) as early:  # a large state takes minutes to load
+        job = Job(config, link)
+        try:
+            return _train(job, Profile(job, profile), early)
+        finally:
+            job.release()
 
 
-def _train(job: Job, profile: Profile) -> float:
+def _train(job: Job, profile: Profile, early: list[int]) -> float:
     job.begin(rehearse(job))
     steps, saver = Steps(job), Saver(job)
     try:
-        return _loop(job, steps, saver, profile)
+        return _loop(job, steps, saver, profile, early)
     except UserError as error:
         if getattr(error, "everywhere", False):  # every rank is here: what is being written may become a checkpoint
             saver.finish()
         raise
 
 
-def _loop(job: Job, steps: Steps, saver: Saver, profile: Profile) -> float:
-    with signals() as asked, job.watch:
+def _loop(job: Job, steps: Steps, saver: Saver, profile: Profile, early: list[int]) -> float:
+    with signals(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) as asked, job.watch:
+        asked += early
         if job.step == 0:
             job.evaluate(0)
         for step in range(job.step, job.config.train.steps):
@@ -65,18 +67,17 @@ def _loop(job: Job, steps: Steps, saver: Saver, profile: Profile) -> float:
 
 
 @contextmanager
-def signals() -> Iterator[list[int]]:
-    """Collects SIGINT, SIGTERM and SIGUSR1 instead of dying of them, so that the step can end and be saved."""
+def signals(*numbers: signal.Signals) -> Iterator[list[int]]:
+    """Collects signals instead of dying of them, so that the step can end and be saved."""
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread may hear signals
         yield asked
         return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = [signal.getsignal(n) for n in numbers]
 
     def note(number: int, _: object) -> None:
         # Ctrl-C again: at once then. (A launcher may send the first one twice, a scheduler TERM and USR1 as it likes.)
-        if number == signal.SIGINT and asked and time.monotonic() - when[0] > 1:
+        if number == signal.SIGINT and when and time.monotonic() - when[0] > 1:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         when.append(time.monotonic())  # before asked: another signal may come in between

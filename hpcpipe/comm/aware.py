@@ -107,7 +107,7 @@ class AwareSender:
 
     def __init__(self, pending: Pending, array: DeviceArray, channel: Channel) -> None:
         self._driver, self._array, self._message = pending.driver, array, Held(pending, channel, True)
-        self.stamp = np.zeros(1)
+        self.stamp, self.clock = np.zeros(1), None
         self._made, self._asked = pending.driver.event(), False
 
     def ready(self) -> None:
@@ -132,7 +132,7 @@ class AwareReceiver:
 
     def __init__(self, pending: Pending, array: DeviceArray, channel: Channel) -> None:
         self._driver, self._array, self._message = pending.driver, array, Held(pending, channel, False)
-        self.stamp = np.zeros(1)
+        self.stamp, self.clock = np.zeros(1), None
         self._free = pending.driver.event()
 
     def ready(self) -> None:

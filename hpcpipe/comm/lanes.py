@@ -131,7 +131,7 @@ class NcclChannel:
             raise ValueError(f"a message of {array.nbytes} bytes has no room for its stamp of {STAMP}")
         self.shared, self.lane, self.tag, self.array = shared, lane, tag, array
         self.wire: Wire | None = None  # from ``connect`` on
-        self.stamp = np.zeros(1)
+        self.stamp, self.clock = np.zeros(1), None
         self._free, self._over = shared.driver.event(), shared.driver.event()
         self._started = False
 

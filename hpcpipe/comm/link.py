@@ -41,11 +41,12 @@ class DeviceChannel(Channel, Protocol):
 
     ``start`` of a sender lets it leave once its buffer is ``ready``, that of a receiver once all that the compute
     stream was given so far is done; after ``wait`` what that stream is given comes after the message. ``stamp`` is a
-    float64 [1] on the host that travels with it, where the transport carries one: set before ``start`` by the sender,
-    read after ``wait`` by the receiver (0 where nothing came).
+    float64 [1] on the host that travels with it, where the transport carries one: by then the sender's ``clock``, if it
+    has been given one, has written there when the message left; read after ``wait`` (0 where nothing came).
     """
 
     stamp: Any
+    clock: Any
 
     def ready(self) -> None:
         """The buffer holds what is to be sent, once what the compute stream was given so far is done."""

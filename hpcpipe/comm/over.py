@@ -191,6 +191,7 @@ class Held:
     def __init__(self, pending: Pending, channel: Channel, sends: bool) -> None:
         self._pending, self._channel, self._sends = pending, channel, sends
         self.event: Any = None
+        self.leaving: Callable[[], None] = lambda: None  # called when it is started
         self._held = False
 
     def start(self, event: Any) -> None:
@@ -200,6 +201,7 @@ class Held:
     def go(self) -> None:
         """The device is there."""
         self._held = False
+        self.leaving()
         self._channel.start()
 
     def wait(self) -> None:

@@ -168,7 +168,9 @@ class StagedSender:
     def __init__(self, room: _Room, array: DeviceArray, make: Callable[[Bytes], Channel]) -> None:
         self._room, self._driver, self._array = room, room.driver, array
         self._pinned, self.stamp = _pinned(room.driver, array)
+        self.clock: Callable[[], float] | None = None
         self._message = Held(room.pending, make(self._pinned), True)
+        self._message.leaving = self._leaving
         self._made, self._copied = room.driver.event(), room.driver.event()
         self._asked = False
 
@@ -179,6 +181,10 @@ class StagedSender:
         driver.copy(self._pinned.ctypes.data, self._array.address, self._array.nbytes - STAMP, out)
         driver.record(self._copied, out)
         self._asked = True
+
+    def _leaving(self) -> None:
+        if self.clock is not None:
+            self.stamp[0] = self.clock()
 
     def start(self) -> None:
         """Leaves when the copy is there; the host does not wait for it."""

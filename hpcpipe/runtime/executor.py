@@ -134,7 +134,6 @@ class Executor:
         bound = Bound(program, self.accumulating, self.upload)
         if self.backend.on_device:
             bound.marks = Marks(self.backend, bound.account.receives.tolist(), self.link.progress)
-            bound.released[:] = np.inf  # nobody knows when a device let go of a message: waiting for it is idleness
         bound.calls = tuple(self._prepare(at, i, channels, reduce, bound) for at, i in enumerate(bound.instructions))
         rows = {s: self._loss_pool(s, bound) for s in self.stages if self._ends_in_loss(s)}
         losses = [i for i in bound.instructions if i.kind == "F" and i.stage in rows]
@@ -191,9 +190,12 @@ class Executor:
         channel = channels[slot]
         if kind == "SEND" and not bound.marks:
             return _sending(channel.start, self._stamp(slot), self.shift)
-        if kind == "WAIT" and slot.pool in ("X", "DY") and not bound.marks:
+        if kind == "SEND":
+            channel.clock = lambda: perf_counter() + self.shift
+        if kind == "WAIT" and slot.pool in ("X", "DY"):
             number = int(np.searchsorted(bound.account.receives, at))
-            return _receiving(channel.wait, self._stamp(slot), self.shift, bound.released, number)
+            stamp = channel.stamp if bound.marks else self._stamp(slot)
+            return _receiving(channel.wait, stamp, self.shift, bound.released, number)
         return channel.wait if kind == "WAIT" else channel.start
 
     def _on_device(self, instruction: Instruction) -> Callable[[], None]:
@@ -268,7 +270,8 @@ def _receiving(
 ) -> Callable[[], None]:
     def receive() -> None:
         wait()
-        released[number] = stamp[0] - shift
+        # Without a stamp nobody knows when the sender let go of it: waiting for it is idleness.
+        released[number] = stamp[0] - shift if stamp[0] else np.inf
 
     return receive
 
