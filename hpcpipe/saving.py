@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import Thread
 from time import perf_counter
 
-from hpcpipe.checkpoint import mirror, origin, write
+from hpcpipe.checkpoint import mirror, origin, room, write
 from hpcpipe.checkpoint.layout import KINDS, ShardRecord
 from hpcpipe.checkpoint.master import Value
 from hpcpipe.config import UserError, to_toml
@@ -30,6 +30,7 @@ class Saver:
         self.job = job
         self.pending: _Save | None = None
         self.origin = _origin(job)
+        self.room = room.going_on(job.out, job.resumed)
         # What this rank wrote last, from when to when: of two saves at most, a share, a commit and copies each.
         self.times: deque[tuple[str, float, float]] = deque(maxlen=6)
         job.hold, job.written = self.hold, self._written
@@ -37,7 +38,7 @@ class Saver:
     def save(self, step: int, loss: float) -> None:
         """Begins to write the state after ``step``. Failing leaves the run and the last checkpoint as they are."""
         self.finish()
-        self.pending = _Save(self.job, step, loss, self.origin, self.times)
+        self.pending = _Save(self.job, step, loss, self.origin, self.times, self.room)
 
     def hold(self) -> None:
         """Before a parameter or a moment changes: what is being written must be out."""
@@ -68,9 +69,15 @@ class _Save:
     """One state on its way to the disk."""
 
     def __init__(
-        self, job: Job, step: int, loss: float, about: dict[str, Value], times: deque[tuple[str, float, float]]
+        self,
+        job: Job,
+        step: int,
+        loss: float,
+        about: dict[str, Value],
+        times: deque[tuple[str, float, float]],
+        disk: room.Room,
     ) -> None:
-        self.job, self.folder, self.times = job, write.step_folder(job.out, step), times
+        self.job, self.folder, self.times, self.room = job, write.step_folder(job.out, step), times, disk
         self.what = f"the checkpoint of step {step}"
         self.attributes = about | _attributes(job, step, loss)
         self.record: ShardRecord | None = None
@@ -83,7 +90,7 @@ class _Save:
         self.copied: list[str] = []  # what went wrong with second copies
         self.lines: list[str] = []
         if job.link.rank == 0:
-            self.lines += write.make_room(job.out, _bytes(job))
+            self.lines += self.room.make(_bytes(job))
         job.executor.settle()  # a device may still be at the last update
         with job.where.waiting(self.what, patient=True):
             job.link.barrier()  # nobody writes before there is room
@@ -166,13 +173,16 @@ class _Save:
     def _commit(self, records: list[ShardRecord]) -> None:
         keep = self.job.config.checkpoint
         with self._heard("commit"):
-            if self.error is None:
+            if self.error:
+                write.discard(self.folder)  # what the others have written; a commit that fails does so by itself
+            else:
                 write.commit(self.folder, records, self.attributes)
+                self.room.newest = self.folder
+                write.note(self.folder)
                 self.lines += write.prune(
                     self.job.out, keep.keep, deep=False, every=keep.keep_every, committed=self.folder
                 )
-        if self.error:
-            write.discard(self.folder)
+        self.room.full = write.FULL in (self.error or "")
 
     @property
     def over(self) -> bool:
@@ -207,14 +217,14 @@ class _Save:
         with self.job.where.waiting(f"the copies of {self.what}", patient=True):
             if self.copier is not None:
                 self.copier.join()
-                mirror.tidy(self.job.out, self._place)
+                mirror.tidy(self.folder, self._place)
             told = self.job.link.gather(self.copied) or []
         for line in (line for part in told for line in part):
             self.job.say(line)
 
     @property
     def _place(self) -> Path:
-        return mirror.place(self.job.config.checkpoint.mirror, self.job.link.hostname)
+        return mirror.place(self.job.config.checkpoint.mirror, self.job.link.hostname, self.job.out)
 
 
 def _bytes(job: Job) -> int:

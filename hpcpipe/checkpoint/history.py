@@ -1,7 +1,8 @@
 """How a run went, by its checkpoints: what each holds and whether it is whole, and how each parameter moved.
 
 In: a run folder. Every byte of every checkpoint is read and summed first; then each whole one beside the one before it,
-a few MiB at a time. One that is not whole is told, with what is wrong, and passed over.
+a few MiB at a time. One that is not whole is told, with what is wrong, and passed over, and so is
+one that a run removes meanwhile.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpcpipe.checkpoint import histogram, inspect, read, report
+from hpcpipe.checkpoint import histogram, inspect, master, read, report
 from hpcpipe.checkpoint.read import Checkpoint
 from hpcpipe.config import UserError
 
 KIND = "parameter"
+GONE = "it was removed while it was read (the run goes on)"
 COLUMNS = 6  # checkpoints beside one another in the text; all are in the JSON
 
 
@@ -64,15 +66,20 @@ def facts(path: Path | str, only: str = "") -> dict[str, Any]:
     if not read.step_folders(folder):
         raise UserError(f"inspect: {folder} has no checkpoints; the history is that of a run folder")
     rows, good = [], []
+    committed = read.complete(folder)
     for each in read.step_folders(folder):
         row, checkpoint = _row(each)
+        if each in committed and not (each / master.FILE).exists():
+            row, checkpoint = {**row, "problem": GONE}, None
         rows.append(row)
         good += [checkpoint] if checkpoint is not None else []
     names = list(dict.fromkeys(name for c in good for name in histogram.named(c, only) if name in c.tensors))
-    sums: dict[str, list[Sums]] = {name: [] for name in names}
-    for before, after in zip([None, *good], good, strict=False):
-        for name in names:
-            sums[name].append(_sums(before, after, name))
+    good, columns = _columns(good, names)
+    sums = {name: [column[i] for column in columns] for i, name in enumerate(names)}
+    left = [c.path.name for c in good]
+    for row in rows:
+        if row["problem"] is None and row["name"] not in left:
+            row["problem"] = GONE
     total = [sum_of(column) for column in zip(*sums.values(), strict=True)]
     return {
         "path": str(folder),
@@ -81,6 +88,32 @@ def facts(path: Path | str, only: str = "") -> dict[str, Any]:
         "all": _course(total),
         "tensors": [{"name": name, **_course(row)} for name, row in sums.items()],
     }
+
+
+def _columns(good: Sequence[Checkpoint], names: Sequence[str]) -> tuple[list[Checkpoint], list[list[Sums]]]:
+    """The checkpoints that are still there when it is their turn, and for each of them the sums of all names."""
+    left: list[Checkpoint] = []
+    columns: list[list[Sums]] = []
+    before: Checkpoint | None = None
+    for after in good:
+        column = None
+        while column is None:
+            try:
+                column = [_sums(before, after, name) for name in names]
+            except UserError:
+                if before is not None and _removed(before):
+                    before = None
+                elif _removed(after):
+                    break
+                else:
+                    raise
+        if column is not None:
+            left, columns, before = [*left, after], [*columns, column], after
+    return left, columns
+
+
+def _removed(checkpoint: Checkpoint) -> bool:
+    return not (checkpoint.path / master.FILE).exists()
 
 
 def sum_of(parts: Iterable[Sums]) -> Sums:

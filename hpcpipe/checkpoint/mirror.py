@@ -7,6 +7,7 @@ missing or damaged. Copies are no checkpoint by themselves: what they belong to,
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zlib
 from collections.abc import Iterable, Sequence
@@ -17,9 +18,22 @@ from hpcpipe.checkpoint import read, shard, write
 from hpcpipe.config import UserError
 
 
-def place(mirror: str, host: str) -> Path:
-    """The folder that checkpoint.mirror names on a node."""
-    return Path(mirror.replace("{host}", host))
+def place(mirror: str, host: str, out: Path) -> Path:
+    """The folder for the copies of the run in ``out``: in the one that checkpoint.mirror names on a node.
+
+    Several runs may name the same one, so each has a folder in it, called after the digest of its path.
+    """
+    own = hashlib.blake2b(os.fsencode(out.resolve()), digest_size=6).hexdigest()
+    return Path(mirror.replace("{host}", host)) / own
+
+
+def found(place: Path, name: str, digest: str) -> Path | None:
+    """A good copy of a shard, ``name`` being step_00000020/shard_0000.h5; None where there is none.
+
+    A run's folder may have been moved since: its digest says whether what lies in another place is the same.
+    """
+    others = sorted(f for f in (place.parent / name, *place.parent.glob(f"*/{name}")) if f != place / name)
+    return next((file for file in (place / name, *others) if good(file, digest)), None)
 
 
 def holder(hosts: Sequence[str], writer: int) -> int:
@@ -74,10 +88,13 @@ def good(file: Path, digest: str) -> bool:
         return False
 
 
-def tidy(out: Path, place: Path) -> None:
-    """Removes the copies of steps that the run's folder has no more; none where that cannot be looked into."""
+def tidy(current: Path, place: Path) -> None:
+    """Removes the copies of steps that the run's folder has no more; none where that cannot be looked into.
+
+    Those of ``current``, the step folder just written, stay: a node may see an old listing for a while.
+    """
     with suppress(OSError):
-        kept = {found.name for found in out.iterdir()}
+        kept = {current.name, *(each.name for each in current.parent.iterdir())}
         for old in read.step_folders(place):
             if old.name not in kept:
                 write.discard(old)

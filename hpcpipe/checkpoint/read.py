@@ -6,6 +6,7 @@ Values are read straight from the shards at the offsets the master notes, each b
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -21,15 +22,29 @@ from hpcpipe.checkpoint.master import Shard, Value
 from hpcpipe.config import UserError
 
 STEP = re.compile(r"step_(\d{8,})")
+NOTE = "committed.json"  # in the run's folder: the name of the step folder that was committed last
 
 
 def step_folders(out: Path | str) -> list[Path]:
     """All step folders of a run, complete or not, by step."""
     try:
-        found = [f for f in Path(out).iterdir() if STEP.fullmatch(f.name)]
+        return _by_step(out)
     except OSError:
         return []
-    return sorted(found, key=lambda f: int(f.name[5:]))
+
+
+def contents(out: Path | str) -> list[tuple[Path, set[str]]]:
+    """All step folders of a run, by step, with the names in them. OSError where one cannot be looked into."""
+    return [(folder, {f.name for f in folder.iterdir()}) for folder in _by_step(out) if folder.is_dir()]
+
+
+def noted(out: Path | str) -> str:
+    """The name of the step folder that was committed last, as the run wrote it down; "" where nothing says so."""
+    try:
+        found = json.loads((Path(out) / NOTE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return str(found.get("committed", "")) if isinstance(found, dict) else ""
 
 
 def complete(out: Path | str) -> list[Path]:
@@ -195,6 +210,10 @@ class Checkpoint:
         if parts and not blocks:
             found.append(f"{file} holds other values than were meant to be written: {_several([t for t, *_ in hurt])}")
         return found
+
+
+def _by_step(out: Path | str) -> list[Path]:
+    return sorted((f for f in Path(out).iterdir() if STEP.fullmatch(f.name)), key=number)
 
 
 def _folder(path: Path) -> Path:

@@ -8,6 +8,7 @@ caller sees to the order: all shards, their records gathered, ``commit`` once, `
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -25,7 +26,9 @@ from hpcpipe.checkpoint.headers import PAGE, Headers
 from hpcpipe.checkpoint.layout import Entry, ShardRecord
 from hpcpipe.config import UserError
 
+FULL = "free some space or lower checkpoint.keep"  # ends the sentence on a save for which there was no room
 LARGE = 1 << 16  # bytes; datasets from here on begin on a page
+SHARD = re.compile(r"shard_\d+(\.\d+)?\.h5")
 OURS = re.compile(r"(shard_\d+(\.\d+)?|master)\.h5(\.part)?")
 
 
@@ -137,43 +140,26 @@ def prune(out: Path | str, keep: int, deep: bool = True, every: int = 0, committ
     if wrong:
         return [f"checkpoint: nothing older than {found[-1].name} is removed because it is not good: {wrong[0]}"]
     newest = read.number(found[-1])
-    half = [f for f in read.step_folders(out) if read.number(f) < newest and _unfinished(f)]
+    half = [f for f in read.step_folders(out) if read.number(f) < newest and unfinished(f)]
     old = found[:-keep] if keep else []
     for folder in half + [f for f in old if not every or read.number(f) % every]:
-        _remove(folder)
+        remove(folder)
     for folder in found[-keep:]:
         if any(OURS.fullmatch(name) and name.count(".") > 1 for name in _names(folder)):
             discard(folder)  # one who saved this step again may have died at it
     return []
 
 
-def make_room(out: Path | str, wanted: int) -> list[str]:
-    """Before a save of ``wanted`` bytes: where the disk has not so many, the oldest checkpoints go, the newest stays.
-
-    Nothing goes unless every byte of the newest is right, unless it is enough, and unless it makes room. Returns a
-    sentence for each that was removed.
-    """
-    notes: list[str] = []
-    with suppress(OSError, UserError):
-        found, free = read.complete(out), shutil.disk_usage(out).free
-        if len(found) < 2 or free >= wanted:
-            return notes
-        old = sum(shard.bytes for folder in found[:-1] for shard in read.Checkpoint.open(folder).shards)
-        if free + old < wanted or read.Checkpoint.open(found[-1]).verify():
-            return notes
-        for folder in found[:-1]:
-            before = free
-            _remove(folder)
-            notes.append(
-                f"checkpoint: {folder.name} is removed to make room: {wanted} bytes are to be saved, {before} were free"
-            )
-            free = shutil.disk_usage(out).free
-            if free >= wanted or free <= before:
-                break
-    return notes
+def note(folder: Path) -> None:
+    """Writes down in the run's folder which checkpoint was committed last: should its master be lost, this says so."""
+    file = folder.parent / read.NOTE
+    part = file.with_name(f"{file.name}.part")
+    with suppress(OSError):  # a hint: the checkpoint is good without it
+        _write_plain(part, json.dumps({"committed": folder.name}).encode())
+        part.replace(file)
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
     """Take a checkpoint away, its master first so that at no moment it looks complete; foreign files stay."""
     with suppress(OSError):
         (folder / master.FILE).unlink(missing_ok=True)
@@ -182,7 +168,7 @@ def _remove(folder: Path) -> None:
         discard(folder)
 
 
-def _unfinished(folder: Path) -> bool:
+def unfinished(folder: Path) -> bool:
     """Whether it surely has no master: one that cannot be looked into may hold a good checkpoint."""
     try:
         return master.FILE not in [f.name for f in folder.iterdir()]
@@ -343,5 +329,5 @@ def _sentence(target: Path, error: Exception, wanted: int) -> str:
     free = shutil.disk_usage(there).free
     return (
         f"{text} (it takes at least {wanted} bytes, {free} are free in {there}); "
-        "the previous checkpoint is untouched, free some space or lower checkpoint.keep"
+        f"the previous checkpoint is untouched, {FULL}"
     )

@@ -101,6 +101,37 @@ def test_history_in_words(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the last 2 of 3, --json has all" in look(str(run), history=True)
 
 
+@pytest.mark.parametrize(
+    ("where", "at", "gone", "steps"),
+    [
+        ("_row", 0, 10, [20, 30, 40]),  # before it is read
+        ("_row", 1, 10, [20, 30, 40]),  # read and found whole
+        ("_sums", 0, 20, [10, 30, 40]),  # the next one waits for its turn
+        ("_sums", 2 * len(NAMES), 20, [10, 20, 30, 40]),  # the one before has had its turn: 30 has nothing beside it
+    ],
+)
+def test_a_checkpoint_that_a_live_run_removes_is_passed_over(
+    run: Path, monkeypatch: pytest.MonkeyPatch, where: str, at: int, gone: int, steps: list[int]
+) -> None:
+    calls, whole = [0], getattr(history, where)
+
+    def removing(*args: Any) -> Any:
+        if calls[0] == at:
+            write.remove(write.step_folder(run, gone))
+        calls[0] += 1
+        return whole(*args)
+
+    monkeypatch.setattr(history, where, removing)
+    found = history.facts(run)
+    assert found["steps"] == steps
+    problems = {row["step"]: row["problem"] for row in found["checkpoints"]}
+    assert problems[gone] == (None if gone in steps else history.GONE)
+    assert all(problems[step] is None for step in steps) and "never finished" in problems[50]
+    changes = found["all"]["change"]
+    assert len(changes) == len(steps)
+    assert [i for i, change in enumerate(changes) if change is None] == ([0] if gone not in steps else [0, 2])
+
+
 def test_a_tensor_that_comes_later_or_in_another_shape(tmp_path: Path) -> None:
     one, two = np.ones((4, 2), np.float32), np.full((2, 4), 3, np.float32)
     save(tmp_path, 1, {("parameter", "a"): one, ("parameter", "b"): one})

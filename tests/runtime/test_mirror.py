@@ -34,7 +34,7 @@ def go(data: Path, folder: Path, ranks: int) -> Result:
 
 def copies(folder: Path) -> dict[str, list[str]]:
     """Step -> files."""
-    (place,) = folder.glob("*/copies")
+    (place,) = folder.glob("*/copies/*")
     return {step.name: sorted(f.name for f in step.iterdir()) for step in sorted(place.iterdir())}
 
 
@@ -65,15 +65,35 @@ def test_every_shard_has_a_copy_and_no_old_one_stays(whole: tuple[Path, Result],
     assert copies(folder) == {f"step_0000000{i}": ["shard_0000.h5", "shard_0001.h5"] for i in (2, 4)}
     for step in (2, 4):
         found = read.Checkpoint.open(folder / f"out/step_0000000{step}")
-        (place,) = folder.glob("*/copies")
+        (place,) = folder.glob("*/copies/*")
         for shard in found.shards:
             assert (place / found.path.name / shard.file).read_bytes() == (found.path / shard.file).read_bytes()
-    shutil.copytree(folder, tmp_path / "more")
-    place = str(tmp_path / "more/{host}/copies")
-    settings = SETTINGS | {"train__steps": 8, "checkpoint__mirror": place, "checkpoint__keep": 1}
-    run(data, tmp_path / "more/out", 2, "llama", **settings)
-    assert [f.name for f in read.complete(tmp_path / "more/out")] == ["step_00000008"]
-    assert list(copies(tmp_path / "more")) == ["step_00000008"]
+    go(data, tmp_path, 2)
+    settings = SETTINGS | {"train__steps": 8, "checkpoint__mirror": str(tmp_path / "{host}/copies")}
+    run(data, tmp_path / "out", 2, "llama", **settings | {"checkpoint__keep": 1})
+    assert [f.name for f in read.complete(tmp_path / "out")] == ["step_00000008"]
+    assert list(copies(tmp_path)) == ["step_00000008"]
+
+
+def test_runs_with_one_folder_for_copies_leave_each_other_alone(data: Path, tmp_path: Path) -> None:
+    settings = SETTINGS | {"checkpoint__mirror": str(tmp_path / "copies"), "checkpoint__keep": 1}
+    for name in ("one", "other"):
+        run(data, tmp_path / name, 2, "llama", **settings)
+    places = [mirror.place(str(tmp_path / "copies"), "host", tmp_path / name) for name in ("one", "other")]
+    assert sorted(places) == sorted((tmp_path / "copies").iterdir()) and len(set(places)) == 2
+    for place in places:
+        assert sorted(f.name for f in place.glob("step_00000004/*")) == ["shard_0000.h5", "shard_0001.h5"]
+
+
+def test_the_copies_of_this_step_stay_though_a_listing_is_old(tmp_path: Path) -> None:
+    """A node may not yet see in the run's folder what another has just made there."""
+    out, place = tmp_path / "out", tmp_path / "copies"
+    out.mkdir()
+    for step in ("step_00000002", "step_00000004"):
+        (place / step).mkdir(parents=True)
+        (place / step / "shard_0000.h5").touch()
+    mirror.tidy(out / "step_00000004", place)
+    assert [f.name for f in place.iterdir()] == ["step_00000004"]
 
 
 def damaged(file: Path) -> None:
@@ -104,7 +124,7 @@ def test_a_bad_copy_is_not_used(
 ) -> None:
     """The checkpoint before it is, and the steps after that are done again."""
     folder = shutil.copytree(whole[0], tmp_path / "run")
-    (place,) = folder.glob("*/copies")
+    (place,) = folder.glob("*/copies/*")
     for step in (folder / "out/step_00000004", place / "step_00000004"):
         damaged(step / "shard_0000.h5")
     found = go(data, folder, 2)

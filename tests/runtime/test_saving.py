@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
+import errno
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from hpcpipe.checkpoint import read, write
-from hpcpipe.checkpoint.lock import FILE, Lock
+from hpcpipe.checkpoint.lock import Lock
+from hpcpipe.checkpoint.room import Room
 from hpcpipe.config import UserError
 from hpcpipe.runtime.optimizer import AdamW
 from hpcpipe.steps import Steps
 from small_run import run, write_tokens
-from tests.runtime.checkpoint_state import save, state
 
 KINDS = ("parameter", "moment1", "moment2")
 
@@ -129,7 +125,7 @@ def test_nobody_writes_before_there_is_room(data: Path, tmp_path: Path, monkeypa
         told.append("write")
         return whole(folder, index, pieces)
 
-    monkeypatch.setattr(write, "make_room", clearing)
+    monkeypatch.setattr(Room, "make", clearing)
     monkeypatch.setattr(write, "write_shard", writing)
     run(data, tmp_path / "run", 2, train__steps=4, checkpoint__every=2)
     assert told == ["room", "write", "write"] * 2
@@ -139,19 +135,23 @@ def test_nobody_writes_before_there_is_room(data: Path, tmp_path: Path, monkeypa
 def test_what_is_being_written_becomes_a_checkpoint_though_the_run_ends_badly(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, calls = AdamW.squares, [0]
+    whole, close, begun = AdamW.squares, Steps._close, [0]
+
+    def closing(self: Steps, step: int, *rest: Any) -> None:
+        begun[0] = step
+        close(self, step, *rest)
 
     def squares(self: AdamW, into: np.ndarray) -> None:
         whole(self, into)
-        calls[0] += 1
-        if calls[0] > 8:  # two ranks: some each for the rehearsal, then one for each of two steps
+        if begun[0] == 3:  # the fourth step, beside which the third is written
             into[:] = np.nan
 
+    monkeypatch.setattr(Steps, "_close", closing)
     monkeypatch.setattr(AdamW, "squares", squares)
     with pytest.raises(UserError, match=r"step \d+: .* are not finite"):
         run(data, tmp_path / "run", 2, train__steps=50, checkpoint__every=1, checkpoint__keep=0)
     found = read.complete(tmp_path / "run")
-    assert found == read.step_folders(tmp_path / "run")
+    assert found == read.step_folders(tmp_path / "run") and [read.number(f) for f in found] == [1, 2, 3]
     for folder in found:
         assert read.Checkpoint.open(folder).verify() == []
     Lock(tmp_path / "run").release()  # nobody holds the folder any more
@@ -165,86 +165,63 @@ def test_multiples_of_a_step_are_kept(data: Path, tmp_path: Path) -> None:
     assert [read.number(f) for f in read.complete(tmp_path / "run")] == [3, 6, 7]
 
 
-def full(monkeypatch: pytest.MonkeyPatch, out: Path, room: int) -> None:
-    """A disk with room for so many checkpoints of 100 bytes."""
+def test_a_save_without_room_is_remembered(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole, make, seen = write.write_shard, Room.make, []
 
-    def usage(_: Path) -> SimpleNamespace:
-        return SimpleNamespace(free=100 * (room - len(read.step_folders(out))))
+    def failing(folder: Path, index: int, pieces: Any) -> Any:
+        if read.number(folder) == 2 and index == 1:
+            raise UserError(write._sentence(folder, OSError(errno.EDQUOT, ""), 1))
+        return whole(folder, index, pieces)
 
-    monkeypatch.setattr(write.shutil, "disk_usage", usage)
+    def making(self: Room, wanted: int) -> list[str]:
+        seen.append((self.full, self.newest and self.newest.name))
+        return make(self, wanted)
 
-
-def test_on_a_full_disk_the_oldest_go_and_the_newest_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for step in (1, 2, 3, 4):
-        save(tmp_path, step, state(step))
-    full(monkeypatch, tmp_path, 4)
-    assert [line.split()[1] for line in write.make_room(tmp_path, 200)] == ["step_00000001", "step_00000002"]
-    assert [read.number(f) for f in read.complete(tmp_path)] == [3, 4]
-    assert write.make_room(tmp_path, 10**9) == []  # it would not be enough
-    assert [read.number(f) for f in read.complete(tmp_path)] == [3, 4]
-
-
-def test_what_makes_no_room_ends_the_removing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for step in (1, 2, 3, 4):
-        save(tmp_path, step, state(step))
-    monkeypatch.setattr(write.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))  # as with snapshots
-    assert len(write.make_room(tmp_path, 200)) == 1
-    assert [read.number(f) for f in read.complete(tmp_path)] == [2, 3, 4]
+    monkeypatch.setattr(write, "write_shard", failing)
+    monkeypatch.setattr(Room, "make", making)
+    run(data, tmp_path / "run", 2, train__steps=4, checkpoint__every=1, checkpoint__keep=0)
+    assert "NOT saved: checkpoint: " in capfd.readouterr().out
+    assert seen == [(False, None), (False, "step_00000001"), (True, "step_00000001"), (False, "step_00000003")]
 
 
-def test_nothing_goes_for_a_newest_that_is_not_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for step in (1, 2):
-        save(tmp_path, step, state(step))
-    next(write.step_folder(tmp_path, 2).glob("shard_*")).unlink()
-    full(monkeypatch, tmp_path, 2)
-    assert write.make_room(tmp_path, 100) == []
-    assert [read.number(f) for f in read.complete(tmp_path)] == [1, 2]
+def test_a_save_after_a_step_back_is_kept(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The newest is damaged, the run goes on before it and ends earlier: what it saves there is the one to keep."""
+    run(data, tmp_path / "run", 2, train__steps=6, checkpoint__every=3, checkpoint__keep=2)
+    file = write.step_folder(tmp_path / "run", 6) / "shard_0001.h5"
+    found = bytearray(file.read_bytes())
+    found[99] ^= 1  # in its headers: the values can still be read
+    file.write_bytes(found)
+    run(data, tmp_path / "run", 2, train__steps=5, checkpoint__every=3, checkpoint__keep=1)
+    assert "step_00000006 is passed over" in capfd.readouterr().out
+    assert [read.number(f) for f in read.complete(tmp_path / "run")] == [5, 6]
+    assert read.Checkpoint.open(write.step_folder(tmp_path / "run", 5)).verify() == []
 
 
-# --- one job in a folder
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_commit_that_fails_behind_its_rename_leaves_all_shards(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], number: int
+) -> None:
+    """Which master the disk has after a loss of power, nobody knows: both must find their shards."""
+    run(data, tmp_path / "run", 1, train__steps=4, checkpoint__every=2)
+    folder = write.step_folder(tmp_path / "run", 4)
+    before = {f.name: f.read_bytes() for f in folder.iterdir()}
+    assert "shard_0000.h5" in before
+    turned = bytearray(before["shard_0000.h5"])
+    turned[99] ^= 1
+    (folder / "shard_0000.h5").write_bytes(turned)  # so that step 4 is saved again
+    sync, calls = write.shard.sync_folder, [0]
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-from hpcpipe.checkpoint.lock import Lock
-lock = Lock(Path(sys.argv[1]))
-print("held", flush=True)
-time.sleep(60)
-"""
+    def failing(path: Path) -> None:
+        if (folder / "shard_0000.1.h5").exists() and not (folder / "master.h5.part").exists():
+            calls[0] += 1
+            if calls[0] == number + 1:  # the first is that of the shard
+                raise OSError(errno.EIO, "Input/output error")
+        sync(path)
 
-
-def holder(folder: Path, **env: str) -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", HOLDER, str(folder)]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=os.environ | env)
-    assert process.stdout and process.stdout.readline() == "held\n"
-    return process
-
-
-def test_a_second_job_is_refused_and_told_who_has_the_folder(data: Path, tmp_path: Path) -> None:
-    other = holder(tmp_path, SLURM_JOB_ID="4711")
-    try:
-        with pytest.raises(UserError, match=rf"in use by process {other.pid} on \S+ since \S+ \(job 4711\); wait for"):
-            run(data, tmp_path, 2)
-        assert not read.step_folders(tmp_path)
-    finally:
-        other.kill()
-        other.wait()
-
-
-def test_a_folder_whose_holder_was_killed_is_taken_over(data: Path, tmp_path: Path) -> None:
-    other = holder(tmp_path)
-    os.kill(other.pid, signal.SIGKILL)
-    other.wait()
-    assert (tmp_path / FILE).exists()
-    run(data, tmp_path, 1)
-    assert not (tmp_path / FILE).exists() and read.complete(tmp_path)
-
-
-def test_a_file_system_without_locks_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr("hpcpipe.checkpoint.lock.fcntl.lockf", refuse)
-    lock = Lock(tmp_path)
-    assert "cannot be locked here" in lock.warning
-    lock.release()
+    monkeypatch.setattr(write.shard, "sync_folder", failing)
+    with pytest.raises(UserError, match=r"cannot be saved: Input/output error"):
+        run(data, tmp_path / "run", 1, train__steps=4, checkpoint__every=2)
+    assert "NOT saved" in capfd.readouterr().out
+    assert {f.name for f in folder.iterdir()} == {"master.h5", "shard_0000.h5", "shard_0000.1.h5"}
