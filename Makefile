@@ -16,8 +16,8 @@ demo: build ## the main job on real text: prepare, train on two ranks, inspect, 
 test: ## lint and every test that takes seconds, under both MPIs
 	$(SETUP) mpich
 	@$(MAKE) --no-print-directory lint cuda-check
-	@$(RUN) -m pytest -q -n 2 -m $(QUICK) tests/pure tests/kernels tests/gpu tests/house
-	@$(RUN) -m pytest -q -m $(QUICK) tests/runtime tests/mpi tests/slurm
+	@$(RUN) -m pytest -q -n 2 -m $(QUICK) tests/pure tests/kernels tests/gpu tests/runtime tests/house
+	@$(RUN) -m pytest -q -m $(QUICK) tests/mpi tests/slurm
 
 test-long: ## the tests that take minutes
 	$(SETUP) mpich

@@ -128,7 +128,7 @@ class CheckpointConfig:
     keep: int = value(2, "newest checkpoints kept; 0 = all", least=0, result=False)
     keep_every: int = value(0, "steps whose multiples are kept as well; 0 = none", least=0, result=False)
     mirror: str = value(
-        "", "folder of this run alone for a second copy of each shard, made on another node ({host}: its name)",
+        "", "folder for a second copy of each shard, made on another node ({host}: its name)",
         result=False,
     )  # fmt: skip
 

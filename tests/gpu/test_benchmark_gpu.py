@@ -29,6 +29,7 @@ def script(*words: str, timeout: float = 900) -> subprocess.CompletedProcess[str
 
 
 @needs_emulator
+@pytest.mark.long
 def test_a_rehearsal_of_one_contest(tmp_path: Path) -> None:
     done = script("--rehearse", "--only", "gpt2-1.5B", "--json", str(tmp_path / "found.json"))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -128,7 +128,14 @@ WIDE = {
 BLACKWELL = HOPPER._replace(capability=(10, 0))
 
 
-@pytest.mark.parametrize(("recipe", "device"), [("fp8", HOPPER), ("fp8_block", HOPPER), ("mxfp8", BLACKWELL)])
+@pytest.mark.parametrize(
+    ("recipe", "device"),
+    [
+        ("fp8", HOPPER),
+        pytest.param("fp8_block", HOPPER, marks=pytest.mark.long),
+        pytest.param("mxfp8", BLACKWELL, marks=pytest.mark.long),
+    ],
+)
 def test_a_recipe_learns_what_bfloat16_learns(data: Path, tmp_path: Path, recipe: str, device: Any) -> None:
     settings = {**SHORT, **WIDE, "device__backend": "cuda"}
     found = {}
