@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class Job(NamedTuple):
-    """A job in Slurm's queue, its log and the folder it was submitted from."""
+    """A job in Slurm's queue, or one task of an array (JOB_TASK), its log and the folder it was submitted from."""
 
     id: str
     folder: Path
@@ -91,12 +91,14 @@ class Job(NamedTuple):
 
     def ranks(self) -> list[int]:
         """The processes of this job that train."""
-        mark, found = f"SLURM_JOB_ID={self.id}".encode(), []
+        array, _, task = self.id.partition("_")
+        said = [f"SLURM_ARRAY_JOB_ID={array}", f"SLURM_ARRAY_TASK_ID={task}"] if task else [f"SLURM_JOB_ID={array}"]
+        marks, found = {word.encode() for word in said}, []
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 words = (process / "cmdline").read_bytes().split(b"\0")
                 trains = b"python" in words[0] and words[1].endswith(b"/hpcpipe") and words[2] == b"train"
-                if trains and mark in (process / "environ").read_bytes().split(b"\0"):
+                if trains and marks <= set((process / "environ").read_bytes().split(b"\0")):
                     found.append(int(process.name))
         return found
 

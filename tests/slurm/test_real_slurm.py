@@ -137,6 +137,7 @@ def test_the_time_limit_saves_requeues_and_goes_on(folder: Path, undisturbed: Re
     job.thaw()
     job.says("is saved in out; requeued")
     job.restarted()
+    slurm("scontrol", "update", f"JobId={job.id}", "TimeLimit=10")  # a slow machine must not reach it again
     finished(folder, job, undisturbed, restarts=1)
 
 
@@ -184,19 +185,49 @@ def test_requeued_by_hand(folder: Path, undisturbed: Result) -> None:
     finished(folder, job, undisturbed, restarts=1)
 
 
+def urgent(folder: Path) -> Job:
+    """A job that all others must make room for."""
+    options = ("--partition=urgent", "-N4", "--exclusive", "--output=urgent.log")
+    return Job(slurm("sbatch", "--parsable", *options, "--wrap", "hostname", folder=folder).strip(), folder)
+
+
 @pytest.mark.parametrize(("partition", "end"), [("normal", "requeued"), ("hasty", "Slurm is ending this job")])
 def test_preempted(partition: str, end: str, folder: Path, undisturbed: Result) -> None:
     """With a grace time the ranks hear of it and the job requeues itself; without, Slurm does both at once."""
     job = submit(folder, *TWO, f"--partition={partition}", "--", "run.toml")
     job.freeze(folder / "out")
-    urgent = slurm(
-        "sbatch", "--parsable", "--partition=urgent", "-N4", "--exclusive", "--output=urgent.log", "--wrap", "hostname",
-        folder=folder,
-    ).strip()  # fmt: skip
+    other = urgent(folder)
     job.restarted()
     assert "stopped, as asked" in job.log() and f"is saved in out; {end}" in job.log()
-    assert Job(urgent, folder).ended()["JobState"] == "COMPLETED"
+    assert other.ended()["JobState"] == "COMPLETED"
     finished(folder, job, undisturbed, restarts=1)
+
+
+def test_preempted_before_the_ranks_start(folder: Path) -> None:
+    """While the script takes its first look at the run, it is requeued all the same."""
+    mine = stand_in(folder / "home", "echo the ranks have started; exit 2")
+    python = mine / ".venv" / "bin" / "python"
+    once = f"! mkdir {folder}/looks || exec sleep 60\nexec"
+    program(python, python.read_text(encoding="utf-8").replace("exec", once))
+    job = submit(folder, *TWO, "--partition=hasty", "--", "run.toml", HPCPIPE_HOME=str(mine))
+    job.wait_for((folder / "looks").exists)
+    urgent(folder)
+    job.restarted()
+    assert "asked to save and requeue (SIGTERM)" in job.log()
+    assert "nothing is saved in out yet; Slurm is ending" in job.log() and "have started" not in job.log()
+    over(job, "FAILED", restarts=1, code="2:0")
+    assert "the ranks have started" in job.log()
+
+
+def test_a_preempted_attempt_is_not_counted(folder: Path) -> None:
+    """In the grace time, of which the script is not told."""
+    mine = stand_in(folder / "home", f"mkdir {folder}/began || exit 2; exec sleep 60")
+    job = submit(folder, "--ntasks=1", "--", "run.toml", HPCPIPE_HOME=str(mine), HPCPIPE_TRIES="1")
+    job.wait_for((folder / "began").exists)
+    urgent(folder)
+    job.restarted()
+    assert "nothing is saved in out yet; requeued\n" in job.log()
+    over(job, "FAILED", restarts=1, code="2:0")
 
 
 def test_a_killed_rank(folder: Path, data: Path, undisturbed: Result) -> None:
@@ -254,6 +285,23 @@ def test_an_array_trains_every_seed_in_a_folder_of_its_own(folder: Path, undistu
     same(folder, job, undisturbed, "seed-11")  # the seed of run.toml
     other = collect(folder / "seed-12")
     assert len(other.losses) == STEPS and other.losses != undisturbed.losses
+
+
+def test_every_task_of_an_array_requeues_itself_alone(folder: Path, undisturbed: Result) -> None:
+    words = ("--", "run.toml", "--set", "out=task-%a")
+    whole = submit(folder, "--array=1,2", "--ntasks=2", "--time=10", "--output=%A_%a.log", *words)
+    tasks = {f"task-{number}": Job(f"{whole.id}_{number}", folder) for number in (1, 2)}
+    for out, job in tasks.items():
+        job.freeze(folder / out)
+    for job in tasks.values():
+        slurm("scancel", "--batch", "--signal=USR1", job.id)
+        job.says("asked to save and requeue (SIGUSR1)")
+    for out, job in tasks.items():  # the second one stands still until the first one is back
+        job.thaw()
+        job.restarted()
+        over(job, "COMPLETED", restarts=1)
+        same(folder, job, undisturbed, out)
+    assert all(job.log().count("; requeued") == 1 for job in tasks.values())
 
 
 # ---- what a site has -------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,8 +34,12 @@ finish "$(cat status)"
 SCONTROL = """#!/bin/bash
 echo "$@" >> asked
 case "$1" in
-  show) echo "JobId=7 JobState=$(cat state) Reason=None Requeue=$(cat may) Restarts=0" ;;
-  requeue) exit "$(cat refused 2>/dev/null || echo 0)" ;;
+  show)
+    [ "$(grep -c show asked)" -gt "$(cat busy 2>/dev/null || echo 0)" ] || exit 1
+    preempted="StartTime=2026-01-02T03:00:00 PreemptTime=$(cat preempted 2>/dev/null || echo None)"
+    echo "JobId=7 JobState=$(cat state) Reason=None Requeue=$(cat may) $preempted Restarts=0"
+    ;;
+  requeue) [ "$(grep -c requeue asked)" -gt "$(cat refused 2>/dev/null || echo 0)" ] ;;
 esac
 """
 SBATCH = """#!/bin/bash
@@ -79,7 +84,8 @@ def ended(job: subprocess.Popen[str]) -> tuple[int, str]:
 
 def leaves(folder: Path, checkpoint: int = 0, done: int = 0) -> None:
     """What the ranks have written when they end."""
-    (folder / "result").mkdir(exist_ok=True)
+    shutil.rmtree(folder / "result", ignore_errors=True)
+    (folder / "result").mkdir()
     if checkpoint:
         (folder / "result" / f"step_{checkpoint:08}").mkdir()
         (folder / "result" / f"step_{checkpoint:08}" / "master.h5").touch()
@@ -93,9 +99,9 @@ def asked(folder: Path) -> list[str]:
     return [line for line in said if not line.startswith("show")]
 
 
-def begun(folder: Path) -> None:
+def begun(folder: Path, what: str = "started") -> None:
     deadline = time.monotonic() + 60
-    while not (folder / "started").exists():
+    while not (folder / what).exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -240,11 +246,39 @@ def test_without_requeue_a_lost_rank_fails_the_job(folder: Path):
     assert ended(start(folder))[0] == 137
 
 
-def test_a_refused_requeue_is_told(folder: Path):
-    (folder / "refused").write_text("1", encoding="utf-8")
+def hurried(folder: Path) -> Path:
+    """Waiting takes no time; the file says how often it was waited."""
+    program(folder / "bin" / "sleep", f"#!/bin/sh\necho >> {folder}/slept\n")
+    return folder / "slept"
+
+
+def test_a_refused_requeue_is_tried_again_and_then_told(folder: Path):
+    slept = hurried(folder)
     leaves(folder, checkpoint=2)
+    (folder / "refused").write_text("5", encoding="utf-8")
     status, said = ended(start(folder))
-    assert status == 0 and "it could not be requeued: submit it again to go on" in said
+    assert status == 1 and "it could not be requeued: submit it again to go on" in said
+    assert asked(folder) == ["requeue 7"] * 5 and slept.read_text(encoding="utf-8").count("\n") == 4
+    status, said = ended(start(folder))  # the sixth is granted
+    assert status == 0 and said.endswith("requeued\n") and asked(folder) == ["requeue 7"] * 6
+
+
+@pytest.mark.parametrize(("busy", "state", "requeued"), [(4, "COMPLETING", 0), (4, "RUNNING", 1), (9, "COMPLETING", 1)])
+def test_a_busy_controller_is_asked_again_and_then_not_waited_for(folder: Path, busy: int, state: str, requeued: int):
+    """A job that it says nothing of is taken to be running."""
+    slept = hurried(folder)
+    (folder / "busy").write_text(str(busy), encoding="utf-8")
+    (folder / "state").write_text(state, encoding="utf-8")
+    leaves(folder, checkpoint=2)
+    assert ended(start(folder))[0] == 0
+    assert asked(folder) == ["requeue 7"] * requeued
+    assert slept.read_text(encoding="utf-8").count("\n") == 4
+
+
+def test_a_task_of_an_array_asks_for_itself_alone(folder: Path):
+    leaves(folder, checkpoint=2)
+    assert ended(start(folder, SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="3"))[0] == 0
+    assert (folder / "asked").read_text(encoding="utf-8") == "show job -o 7_3\nrequeue 7_3\n"
 
 
 def test_a_wrong_run_is_one_sentence_and_starts_nothing(folder: Path):
@@ -271,6 +305,60 @@ def test_progress_begins_the_count_again(folder: Path):
         leaves(folder, checkpoint)
         assert ended(start(folder))[0] == 0
     assert asked(folder) == ["requeue 7"] * 4
+
+
+def test_progress_behind_a_damaged_checkpoint_counts(folder: Path):
+    (folder / "status").write_text("1", encoding="utf-8")
+    leaves(folder, checkpoint=5)
+    shutil.move(folder / "result", folder / "out")
+    for checkpoint in (3, 4):
+        leaves(folder, checkpoint)
+        status, said = ended(start(folder))
+        assert status == 0 and said.endswith(f"step {checkpoint} of {STEPS} is saved in out; requeued\n")
+    leaves(folder)
+    assert [ended(start(folder))[0] for _ in range(2)] == [0, 1]  # neither saves
+
+
+def test_a_preempted_attempt_does_not_count(folder: Path):
+    program(folder / "bin" / "srun", SRUN.replace("finish 0' USR1", "finish 2' USR1"))  # nothing can be saved yet
+    (folder / "hold").touch()
+    for number, at in ((signal.SIGTERM, "None"), (signal.SIGTERM, "None"), (signal.SIGUSR1, "2026-01-02T03:01:00")):
+        (folder / "preempted").write_text(at, encoding="utf-8")
+        job = start(folder)
+        ask(job, folder, number)
+        assert ended(job)[0] == 0
+        [(folder / name).unlink() for name in ("started", "heard")]
+    assert asked(folder) == ["requeue 7"] * 3
+    (folder / "preempted").write_text("2026-01-02T02:59:00", encoding="utf-8")  # in an earlier life
+    for _ in range(2):  # but these do: the signal of the time limit
+        job = start(folder)
+        ask(job, folder, signal.SIGUSR1)
+        (folder / "started").unlink()
+        status, said = ended(job)
+    assert status == 1 and "stopped: 2 attempts in a row" in said and asked(folder) == ["requeue 7"] * 4
+
+
+def test_the_end_that_a_requeue_brings_is_no_preemption(folder: Path):
+    """Slurm sends SIGTERM to a job that it requeues: the attempt counts all the same."""
+    program(folder / "bin" / "scontrol", SCONTROL.replace("  requeue)", "  requeue) kill -TERM $PPID; sleep 0.1;"))
+    (folder / "status").write_text("1", encoding="utf-8")
+    assert [ended(start(folder))[0] for _ in range(2)] == [0, 1]
+
+
+@pytest.mark.parametrize(("number", "requeued"), [(signal.SIGTERM, ["requeue 7"]), (signal.SIGINT, [])])
+def test_asked_before_the_ranks_have_started(folder: Path, number: int, requeued: list[str]):
+    """Python is ended, too, while it looks at the job for the first time."""
+    python = folder / ".venv" / "bin" / "python"
+    text = python.read_text(encoding="utf-8")
+    program(python, "#!/bin/sh\necho $$ > looks.part; mv looks.part looks; while :; do sleep 0.02; done\n")
+    job = start(folder)
+    begun(folder, "looks")
+    program(python, text)
+    os.kill(int((folder / "looks").read_text(encoding="utf-8")), signal.SIGTERM)
+    job.send_signal(number)
+    status, said = ended(job)
+    assert status == 0 and asked(folder) == requeued and not (folder / "started").exists()
+    assert "nothing is saved in out yet" in said
 
 
 # ---- chains ----------------------------------------------------------------------------------------------------------
