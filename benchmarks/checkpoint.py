@@ -75,7 +75,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = arguments("benchmarks.checkpoint", __doc__, "a small state, three rounds", "7")
     parser.add_argument("--folder", type=Path, default=Path.cwd(), help="on the disk to be measured; default: here")
     parser.add_argument("--only", choices=("rates", "run"))
-    parser.add_argument("--ways", nargs="+", default=WAYS, metavar="WAY", help=f"default {' '.join(WAYS)}")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY", help=f"default {' '.join(WAYS)}")
     parser.add_argument("--peers-python", type=Path, default=PEERS if PEERS.exists() else Path(sys.executable))
     args = parser.parse_args(argv)
     args.shape = args.shape or [parse(SMALL if args.quick else SHAPE)]
