@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -75,7 +75,9 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = arguments("benchmarks.checkpoint", __doc__, "a small state, three rounds", "7")
     parser.add_argument("--folder", type=Path, default=Path.cwd(), help="on the disk to be measured; default: here")
     parser.add_argument("--only", choices=("rates", "run"))
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY", help=f"default {' '.join(WAYS)}")
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY", help=f"default {' '.join(WAYS)}"
+    )
     parser.add_argument("--peers-python", type=Path, default=PEERS if PEERS.exists() else Path(sys.executable))
     args = parser.parse_args(argv)
     args.shape = args.shape or [parse(SMALL if args.quick else SHAPE)]
@@ -145,7 +147,10 @@ def workers(shape: Shape, args: argparse.Namespace, state: Path, found: dict[str
 
 def turn(process: Process, folder: Path, record: dict[str, Any]) -> None:
     """Save, load, compare, and verify where it can; the files are gone afterwards."""
-    ask: Callable[[str], dict[str, Any]] = lambda what: process.ask({"do": what, "folder": str(folder)})  # noqa: E731
+
+    def ask(what: str) -> dict[str, Any]:
+        return process.ask({"do": what, "folder": str(folder)})
+
     record["save"].append(ask("save")["seconds"])
     loaded = ask("load")
     record["load"].append(loaded["seconds"])

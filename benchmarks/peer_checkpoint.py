@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -252,7 +253,7 @@ class Worker:
         if what == "save":
             folder.mkdir(parents=True, exist_ok=True)
             state = state_in(self.buffer, self.shape)
-            work = lambda: self.way.save(folder, state)  # noqa: E731
+            work = partial(self.way.save, folder, state)
         else:
             drop(folder)
             self.loaded = np.full(len(self.buffer), np.nan, np.float32) if what == "load" else self.loaded

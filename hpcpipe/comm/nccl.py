@@ -25,7 +25,7 @@ from hpcpipe.config import UserError
 
 QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
 MOST_QUEUES, USUAL_QUEUES = 32, 8
-OTHERS = 6  # streams besides the lanes: computing, reducing, copying, reading, sums, and CUDA's own
+OTHERS = 6  # streams besides the lanes: computing, reducing, reading, sums, CUDA's own, and one for a library's
 CHANNELS = "NCCL_MAX_P2P_NCHANNELS"  # blocks, one per multiprocessor, that a send or receive may occupy
 MOST_CHANNELS = 32
 SHARE = 4  # all lanes of a rank together occupy at most 1/SHARE of its multiprocessors

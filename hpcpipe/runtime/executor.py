@@ -27,10 +27,8 @@ from hpcpipe.schedule.program import POOLS, Edge, Instruction, Program, Slot
 from hpcpipe.schedule.timeline import Event
 
 LOADED: dict[str, np.dtype[Any]] = {"i": np.dtype("int32"), "l": np.dtype("int64")}  # types of what the loader provides
-PORTION = 1e8  # FLOPs between two looks after messages: a millisecond or two of a core
-
-
 MADE = {"F": "Y", "B": "DX"}  # what a pass makes for another rank
+PORTION = 1e8  # FLOPs between two looks after messages: a millisecond or two of a core
 
 
 @dataclass(frozen=True)

@@ -253,14 +253,15 @@ class FakeCublasLt:
         if need > size or (need and not workspace) or self.refuse(problem):
             raise CuBLASLtError(UNSUPPORTED)
         index = int(memory(algorithm, 2, np.uint64)[1])
-        if problem["POINTER_MODE"] == self.PointerMode.HOST:  # read now; on the device, when the stream gets there
-            numbers = [float(memory(x, 1, np.float32)[0]) for x in (alpha, beta)]
-            scalars = lambda: numbers  # noqa: E731
-        else:
-            scalars = lambda: [float(memory(x, 1, np.float32)[0]) for x in (alpha, beta)]  # noqa: E731
+
+        def scalars() -> list[float]:
+            return [float(memory(x, 1, np.float32)[0]) for x in (alpha, beta)]
+
+        # Host scalars are read now; those on the device, when the stream gets there.
+        numbers = scalars() if problem["POINTER_MODE"] == self.PointerMode.HOST else None
         self.calls.append({**problem, "algorithm": index, "workspace": workspace})
         at = SimpleNamespace(a=a, b=b, c=c, d=d)
-        self.driver.call(lambda: self._multiply(problem, at, scalars(), splits), stream)
+        self.driver.call(lambda: self._multiply(problem, at, numbers or scalars(), splits), stream)
         for _ in range(self.slow.get(index, 0)):
             self.driver.call(lambda: None, stream)
 
@@ -442,7 +443,10 @@ class CudnnGraph:
         p, do, o = np.exp(scores - x["stats"]), x["dO"].astype(np.float64), x["o"].astype(np.float64)
         ds = p * (do @ v.swapaxes(2, 3) - (do * o).sum(axis=3, keepdims=True)) * self.node["scale"]
         b, heads, t, d = x["k"].shape
-        shared = lambda a: a.reshape(b, heads, group, t, d).sum(axis=2)  # noqa: E731
+
+        def shared(a: np.ndarray) -> np.ndarray:
+            return a.reshape(b, heads, group, t, d).sum(axis=2)
+
         for name, value in (
             ("dq", ds @ k),
             ("dk", shared(ds.swapaxes(2, 3) @ q)),

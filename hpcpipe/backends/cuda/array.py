@@ -23,7 +23,7 @@ class Streams:
     """The streams of a rank. ``current`` is the one that work is given to: computing, except inside a reduction."""
 
     def __init__(self, driver: Driver) -> None:
-        self.compute, self.copying, self.reducing = driver.stream(urgent=True), driver.stream(), driver.stream()
+        self.compute, self.reducing = driver.stream(urgent=True), driver.stream()
         self.current = self.compute
 
 
@@ -88,11 +88,6 @@ class DeviceArray:
         return self.memory.streams.current
 
     @property
-    def copying(self) -> Any:
-        """The stream for copies that run beside them."""
-        return self.memory.streams.copying
-
-    @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         return {"shape": self.shape, "typestr": self.dtype.str, "data": (self.address, False), "version": 3}
 
@@ -114,10 +109,10 @@ class DeviceArray:
         """Sets all elements."""
         self[...] = value
 
-    def numpy(self, stream: Any = None) -> Array:
-        """A copy on the host, after what was given to ``stream`` (the current one) so far."""
+    def numpy(self) -> Array:
+        """A copy on the host, after what the current stream was given so far."""
         found = np.empty(self.shape, self.dtype)
-        self.memory.bridge.read(self.address, found, self.compute if stream is None else stream)
+        self.read(found)
         return found
 
     def read(self, into: Array) -> None:

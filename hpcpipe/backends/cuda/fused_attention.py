@@ -101,7 +101,8 @@ class FusedAttention:
     """
 
     def __init__(self, driver: Driver, cudnn: Any | None, reason: str = "", limit: int = LIMIT) -> None:
-        self.driver, self.cudnn, self.limit = driver, cudnn, limit
+        self.driver, self.limit = driver, limit
+        self.cudnn: Any = cudnn  # None where there is none
         self.handle = None
         self._plans: dict[Shape, Plans | None] = {}
         self._lines: list[str] = [f"attention: our own kernels; {reason}"] if cudnn is None else []
@@ -153,7 +154,7 @@ class FusedAttention:
         else:
             try:
                 return self._built(shape)
-            except (self.cudnn.cudnnGraphNotSupportedError, RuntimeError, ValueError, NotImplementedError) as error:  # type: ignore[union-attr]
+            except (self.cudnn.cudnnGraphNotSupportedError, RuntimeError, ValueError, NotImplementedError) as error:
                 refusal = _sentence(error)
         self._lines.append(f"attention: our own kernels for {shape}; cuDNN refuses ({refusal})")
         return None
@@ -163,15 +164,15 @@ class FusedAttention:
         workspace = max(int(graph.get_workspace_size()) for graph in (forward, backward))
         if workspace > self.limit:
             raise ValueError(f"its workspace of {workspace / 2**20:.0f} MiB is more than {self.limit / 2**20:.0f} MiB")
-        version = self.cudnn.backend_version()  # type: ignore[union-attr]
+        version = self.cudnn.backend_version()
         self._lines.append(f"attention: cuDNN {version} for {shape}; {workspace / 2**20:.1f} MiB of workspace")
         return Plans(forward, backward, workspace)
 
     def _graph(self, shape: Shape, names: Sequence[str]) -> tuple[Any, dict[str, Any]]:
         """An empty graph with the inputs of these names."""
         cudnn, layout = self.cudnn, tensors(shape)
-        types = cudnn.data_type  # type: ignore[union-attr]
-        graph = cudnn.pygraph(  # type: ignore[union-attr]
+        types = cudnn.data_type
+        graph = cudnn.pygraph(
             io_data_type=types.BFLOAT16,
             intermediate_data_type=types.FLOAT,
             compute_data_type=types.FLOAT,
@@ -186,7 +187,7 @@ class FusedAttention:
         return graph, inputs
 
     def _outputs(self, shape: Shape, found: Mapping[str, Any]) -> None:
-        types = self.cudnn.data_type  # type: ignore[union-attr]
+        types = self.cudnn.data_type
         for name, tensor in found.items():
             size, stride = tensors(shape)[name]
             tensor.set_output(True).set_dim(list(size)).set_stride(list(stride)).set_uid(UIDS[name])
@@ -214,7 +215,7 @@ class FusedAttention:
         """A graph with the plan that cuDNN's heuristics put first."""
         graph.validate()
         graph.build_operation_graph()
-        graph.create_execution_plans([self.cudnn.heur_mode.A])  # type: ignore[union-attr]
+        graph.create_execution_plans([self.cudnn.heur_mode.A])
         graph.check_support()
         graph.build_plans()
         if getattr(graph, "selected_engine", None) is not None:

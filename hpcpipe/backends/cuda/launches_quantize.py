@@ -73,7 +73,7 @@ def amax(to: int, x: int, count: int, half: bool, work: int) -> tuple[Launch, ..
 def quantize(x: int, n: int, c: int, half: bool, operand: Operand, to: Narrow) -> tuple[Launch, ...]:
     """x[n,c] in narrow numbers where ``to`` has places for them; rounded to nearest."""
     if operand.rounding != "nearest" or operand.hadamard or operand.granularity == "none":
-        raise NotImplementedError(f"no kernel makes {operand}")
+        raise ValueError(f"no kernel makes {operand}")
     format = FORMATS[operand.format]
     if (format is E2M1) != (operand.granularity == "nv"):
         raise ValueError(f"{format.name} and scales of {operand.granularity} do not go together")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -167,11 +168,11 @@ class Tuner:
             seconds = self._measure(plan, at, found, block + nbytes)
         finally:
             self.driver.release(block)
-        best: int | None = None
+        best, least = -1, math.inf
         for i, spent in enumerate(seconds):
-            if spent is not None and (best is None or spent < BETTER * seconds[best]):  # type: ignore[operator]
-                best = i
-        if best is not None:
+            if spent is not None and spent < BETTER * least:
+                best, least = i, spent
+        if best >= 0:
             plan.choice = found[best]
             self.timed += 1
             write(self.path, self.identity, {plan.product.key: found[best]})
